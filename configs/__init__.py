@@ -1,0 +1,76 @@
+"""Reads a config: a dataclass's defaults, then a Python file of plain assignments, then --key=value flags.
+
+A user's mistake ends the program with one line and exit code 1; there is nothing to catch and no traceback to read.
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import runpy
+import sys
+
+
+def fail(message):
+    """Ends the program with one line on stderr and exit code 1: for mistakes of the user, not of the programmer."""
+    sys.exit(f"error: {message}")
+
+
+def check_key(key, names):
+    if key not in names:
+        close = difflib.get_close_matches(key, names, n=1)
+        fail(f"unknown config key '{key}'" + (f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"))
+
+
+def check_type(key, value, kind):
+    """Returns value as `kind` (a type, or a union such as `list | None`); an int widens to float, nothing else changes."""
+    kinds = getattr(kind, "__args__", (kind,))
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds:
+        fail(f"config key '{key}' takes {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
+    return value
+
+
+def usage(script):
+    """The docstring of a script and the fields of its Config with their comments: the --help text."""
+    source = inspect.getsource(script.Config)
+    fields = "\n".join(line for line in source.splitlines()[2:] if line.startswith("    ") and ":" in line)
+    return f"{script.__doc__}\nconfig keys, with their defaults:\n{fields}"
+
+
+def load(script, argv):
+    """script: the module whose Config dataclass is the schema; argv: [path of a config file, '--key=value', ...].
+
+    Returns a Config; its `name` is the file's name without .py, unless set. Exits with one line on a missing or broken
+    file, an unknown key (with the nearest known one), or a value of the wrong type.
+    """
+    if "--help" in argv or "-h" in argv or not argv:
+        print(usage(script))
+        sys.exit(0 if argv else 2)
+    path, *flags = argv
+    if path.startswith("--"):
+        fail(f"the first argument is a config file, such as configs/sorting_discrete.py; got '{path}'")
+    if not os.path.isfile(path):
+        fail(f"config file '{path}' does not exist")
+    kinds = {f.name: f.type for f in dataclasses.fields(script.Config)}
+    values = {"name": os.path.splitext(os.path.basename(path))[0]}
+    try:
+        assigned = runpy.run_path(path)
+    except Exception as e:
+        fail(f"config file '{path}' cannot be run: {type(e).__name__}: {e}")
+    assigned = {key: value for key, value in assigned.items() if not key.startswith("_")}
+    for flag in flags:
+        key, equals, text = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or not equals:
+            fail(f"expected --key=value, got '{flag}'")
+        try:
+            assigned[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            assigned[key] = text  # a bare word is a string
+        if kinds.get(key) is str:
+            assigned[key] = text
+    for key, value in assigned.items():
+        check_key(key, list(kinds))
+        values[key] = check_type(key, value, kinds[key])
+    return script.Config(**values)

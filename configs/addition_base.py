@@ -1,0 +1,2 @@
+# python train_base.py configs/addition_base.py
+task = "multidigit_addition"

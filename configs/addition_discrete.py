@@ -1,0 +1,1 @@
+base = "configs/addition_base.py"

@@ -1,0 +1,3 @@
+# python train_base.py configs/base_conversion_base.py
+task = "base_conversion"
+steps = 3000

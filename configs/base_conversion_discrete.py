@@ -1,0 +1,1 @@
+base = "configs/base_conversion_base.py"

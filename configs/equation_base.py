@@ -1,0 +1,3 @@
+# python train_base.py configs/equation_base.py
+task = "linear_equation_solving"
+steps = 2000

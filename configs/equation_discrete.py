@@ -1,0 +1,1 @@
+base = "configs/equation_base.py"

@@ -1,0 +1,1 @@
+base = "configs/grid_base.py"

@@ -1,0 +1,1 @@
+base = "configs/sorting_base.py"

@@ -1,0 +1,1 @@
+base = "configs/summation_base.py"

@@ -1,0 +1,85 @@
+"""Every term of the objective, one pure function each: tensors in, tensor out, one value per example where it can be.
+
+    J = R + beta K + sum_i lambda_i L_i            (minimised; all in nats; assembled in factorize.py)
+
+Notation: logp_y (B, K) is log p_psi(y|x,z) for every latent z, summed over the tokens of y; token_nll (B, K, T) its
+negative, token by token; logq (B, K) the posterior log q_xi(z|x,y); logp_z (B, K) the router log p_phi(z|x);
+w (B, T) token weights. kl(q, p) takes its arguments in this order.
+[1] Kingma & Welling 2014, arXiv 1312.6114     [2] Asano et al. 2020, arXiv 1911.05371     [3] Cuturi 2013, arXiv 1306.0895
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def reconstruction(logp_y, logq):
+    """R = -sum_z q(z|x,y) log p(y|x,z) [1, eq. 3], exact: (B, K), (B, K) -> (B,). Gradients reach both arguments."""
+    return -(logq.exp() * logp_y).sum(dim=1)
+
+
+def categorical_kl(logq, logp):
+    """KL(q || p) = sum_z q (log q - log p), closed form: (B, K), (B, K) -> (B,)."""
+    return (logq.exp() * (logq - logp)).sum(dim=1)
+
+
+def token_weights(b):
+    """w_t = b_t / sum_s b_s: large where the frozen base is uncertain, which is where strategies part.
+
+    b (B, T): -log p_theta(y_t|x,y_<t), 0 outside y. Detached: the base's surprise is a constant. Rows sum to 1.
+    """
+    b = b.detach()
+    return b / b.sum(dim=1, keepdim=True).clamp(min=1e-8)
+
+
+def token_weighted_reconstruction(token_nll, logq, w):
+    """sum_z q(z|x,y) sum_t w_t l_t(z) with l_t(z) = -log p(y_t|x,z,y_<t): (B, K, T), (B, K), (B, T) -> (B,)."""
+    return (logq.exp() * (token_nll * w[:, None]).sum(dim=2)).sum(dim=1)
+
+
+def posterior_entropy(logq):
+    """H(q) = -sum_z q log q: (B, K) -> (B,). Minimised, it makes assignments commit; 0 <= H <= log K."""
+    return -(logq.exp() * logq).sum(dim=1)
+
+
+def router_support(logits, n_latents):
+    """-log of the full-vocabulary softmax mass on the latent tokens, the last n_latents ids: (B, V) -> (B,)."""
+    return logits.logsumexp(dim=1) - logits[:, -n_latents:].logsumexp(dim=1)
+
+
+def router_marginal_kl(logp_z, log_prior):
+    """KL(mean_x p(z|x) || prior): (B, K), (K,) -> scalar. A statement about the batch, so it has no per-example value;
+    the batch mean makes it biased upwards by about (K - 1) / 2B where routers differ between inputs."""
+    log_marginal = logp_z.logsumexp(dim=0) - math.log(len(logp_z))
+    return (log_marginal.exp() * (log_marginal - log_prior)).sum()
+
+
+def inter_latent_jsd(logp_tokens, w):
+    """sum_t w_t JSD_t, where JSD_t = H(mean_z p_t(.|z)) - mean_z H(p_t(.|z)) over the K next-token distributions.
+
+    logp_tokens (B, K, T, V) log-probabilities, teacher-forced; w (B, T). Returns (B,), between 0 and log K. Maximised:
+    the objective takes it with a minus sign.
+    """
+    log_mixture = logp_tokens.logsumexp(dim=1) - math.log(logp_tokens.shape[1])  # (B, T, V)
+    entropy_of_mixture = -(log_mixture.exp() * log_mixture).sum(dim=-1)  # (B, T)
+    mean_entropy = -(logp_tokens.exp() * logp_tokens).sum(dim=-1).mean(dim=1)
+    return (w * (entropy_of_mixture - mean_entropy)).sum(dim=1)
+
+
+@torch.no_grad()
+def balanced_responsibilities(scores, log_prior, iterations=30):
+    """T = Sinkhorn(scores): the coupling closest to softmax(scores) whose rows sum to 1 and whose column means equal
+    the prior [2, 3], so that no latent dies and none takes all.
+
+    scores (B, K), for example log p(y|x,z) / tau; log_prior (K,). Returns log T (B, K), without gradient: T is a target.
+    """
+    log_t = scores
+    for _ in range(iterations):
+        log_t = log_t - log_t.logsumexp(dim=0) + log_prior + math.log(len(log_t))
+        log_t = log_t - log_t.logsumexp(dim=1, keepdim=True)
+    return log_t
+
+
+def distillation(target, logq):
+    """Cross-entropy -sum_z T log q from fixed targets T = exp(target): (B, K), (B, K) -> (B,)."""
+    return -(target.detach().exp() * logq).sum(dim=1)

@@ -1,0 +1,263 @@
+"""A GPT for short symbolic records, and batched sampling from it with a KV cache.
+
+    python train_base.py configs/sorting_base.py     # the first user of this file
+
+Pre-norm transformer (Radford et al. 2019 [1]) with RMSNorm [2] and rotary positions [3].
+Dimensions, here and in every other file:
+    B batch   T positions   C width   V vocabulary   nh heads   hs head size   L layers
+    K latents   S strategies (or posterior samples, where said)   D latent size
+[1] Language Models are Unsupervised Multitask Learners  [2] arXiv 1910.07467  [3] RoFormer, arXiv 2104.09864
+"""
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from tasks import EOS, PAD, Z, Z_EMPTY, Z_END
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    n_latents: int = 0  # the last n_latents ids of the vocabulary are <z1> ... <zK>
+    block_size: int = 128  # longest sequence, in tokens
+    n_layer: int = 3
+    n_head: int = 4
+    n_embd: int = 128
+
+
+EPS = 1e-5  # under the root of RMSNorm
+
+
+def norm(x):
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding: turns each pair (x1, x2) of a head by an angle proportional to its position."""
+    x1, x2 = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))  # (B, nh, T, hs)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.proj(out.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        x = x + self.attention(norm(x), cos, sin, mask, cache)
+        return x + self.down(F.gelu(self.up(norm(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        hs = config.n_embd // config.n_head
+        angles = torch.arange(config.block_size)[:, None] * 10000.0 ** (-torch.arange(0, hs, 2) / hs)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, hs / 2)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        for name, p in self.named_parameters():
+            # residual branches start small, so that depth does not grow the stream's variance (nanoGPT)
+            residual = name.endswith(("proj.weight", "down.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+
+    def positions(self, ids):
+        """(B, T) ids -> (B, T) positions. Padding and the latent section '<z> z </z>' take no position of their own:
+        they repeat the one before, so y sits where the base model learned to read it."""
+        outside = (ids == PAD) | (ids == Z) | (ids == Z_END) | (ids == Z_EMPTY)
+        outside |= ids >= self.config.vocab_size - self.config.n_latents
+        return ((~outside).cumsum(dim=1) - 1).clamp(min=0)
+
+    def hidden_states(self, ids, positions=None, mask=None, caches=None):
+        """(B, T) ids -> list of L + 1 tensors (B, T, C): the embedding and the stream after every block."""
+        assert ids.shape[1] <= self.config.block_size, f"{ids.shape[1]} tokens exceed block_size {self.config.block_size}"
+        positions = self.positions(ids) if positions is None else positions
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, hs / 2)
+        states = [self.embed(ids)]
+        for i, block in enumerate(self.blocks):
+            states.append(block(states[-1], cos, sin, mask, caches[i] if caches else None))
+        return states
+
+    def logits(self, hidden):
+        """Last stream (..., C) -> next-token logits (..., V)."""
+        return self.head(norm(hidden))
+
+    def forward(self, ids, **kwargs):
+        """(B, T) ids, padded on the right -> (B, T, V) next-token logits."""
+        return self.logits(self.hidden_states(ids, **kwargs)[-1])
+
+    def with_latents(self, n_latents):
+        """A copy of this model whose vocabulary ends in n_latents new tokens and which starts at the base's distribution.
+
+        The embeddings of the latent section start at (almost) zero: RMSNorm leaves a zero vector zero, so its keys attract
+        no attention and its values add nothing. A trace of noise tells the latents apart. In the output, the new tokens
+        are as unlikely as <z_empty>, which the base never saw.
+        """
+        config = GPTConfig(**{**vars(self.config), "vocab_size": self.config.vocab_size + n_latents, "n_latents": n_latents})
+        model, state = GPT(config), self.state_dict()
+        noise = 0.1 * EPS ** 0.5 * torch.randn(n_latents, config.n_embd)  # norms to 0.1, where other tokens norm to 1
+        embed = torch.cat((state["embed.weight"], noise))
+        embed[[Z, Z_END, Z_EMPTY]] = 0
+        head = torch.cat((state["head.weight"], state["head.weight"][Z_EMPTY].expand(n_latents, -1)))
+        model.load_state_dict({**state, "embed.weight": embed, "head.weight": head})
+        return model
+
+
+class KVCache:
+    """Keys and values of one layer, written in place: (B, nh, room, hs) each."""
+
+    def __init__(self, batch, room, config, like):
+        shape = (batch, config.n_head, room, config.n_embd // config.n_head)
+        self.k, self.v, self.length = like.new_zeros(shape), like.new_zeros(shape), 0
+
+    def append(self, k, v):
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def keep(self, rows):
+        self.k, self.v = self.k[rows], self.v[rows]
+
+
+@torch.no_grad()
+def sample(model, prompts, generator, temperature=1.0):
+    """Continues every prompt until <eos> or the context is full.
+
+    prompts: list of B id lists, of different lengths; generator: torch.Generator that all randomness comes from.
+    temperature: 0 takes the likeliest token. Returns (tokens, logp), both (B, N) on the model's device: sampled ids,
+    <pad> after <eos>, and each one's log-probability under the model at temperature 1 (nats, 0 at <pad>).
+    Prompts are padded on the left, so that all rows write the same cache column; rows that are done leave the batch.
+    """
+    device, config = model.embed.weight.device, model.config
+    longest = max(map(len, prompts))
+    assert longest < config.block_size, f"prompt of {longest} tokens leaves no room in block_size {config.block_size}"
+    room = config.block_size - longest
+    ids = torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts], device=device)
+    tokens = torch.full((len(prompts), room), PAD, device=device)
+    logps = torch.zeros(len(prompts), room, device=device)
+    caches = [KVCache(len(prompts), config.block_size, config, model.embed.weight) for _ in model.blocks]
+    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the shrinking batch belongs to
+    real = ids != PAD  # (B, columns): the keys that may be attended to
+    positions = model.positions(ids)
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+    # a padded query has no key of its own to look at; letting it see itself avoids a softmax over nothing
+    mask = (causal & real[:, None]) | torch.eye(longest, dtype=torch.bool, device=device)
+    hidden = model.hidden_states(ids, positions, mask[:, None], caches)[-1][:, -1]
+    for t in range(room):
+        logp = F.log_softmax(model.logits(hidden).float(), dim=-1)  # (B, V)
+        if temperature == 0:
+            token = logp.argmax(dim=-1)
+        else:  # Gumbel-max: argmax of logits plus Gumbel noise is a sample of the softmax
+            uniform = torch.rand(logp.shape, generator=generator, device=generator.device).to(device)
+            token = (logp / temperature - torch.log(-torch.log(uniform.clamp(min=1e-20)))).argmax(dim=-1)
+        tokens[rows, t], logps[rows, t] = token, logp.gather(1, token[:, None])[:, 0]
+        going = token != EOS
+        if t + 1 == room or not going.any():
+            break
+        if not going.all():
+            rows, token, real, positions = rows[going], token[going], real[going], positions[going]
+            for cache in caches:
+                cache.keep(going)
+        positions = positions[:, -1:] + 1
+        real = torch.cat((real, real.new_ones(len(rows), 1)), dim=1)
+        hidden = model.hidden_states(token[:, None], positions, real[:, None, None], caches)[-1][:, -1]
+    return tokens[:, :t + 1], logps[:, :t + 1]
+
+
+def pad(rows):
+    """List of id lists -> (B, longest) tensor, padded on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+
+
+class Pairs(NamedTuple):
+    """Inputs with one solution each, as canonical records."""
+    ids: torch.Tensor  # (B, T) <bos> <x> ... </x> <y> ... </y> <eos>, padded on the right
+    starts: torch.Tensor  # (B,) index of the first token after <y>
+    b: torch.Tensor  # (B, T) -log p_theta(y_t|x,y_<t) of the frozen base, 0 outside y (nats)
+
+    def rows(self, index):
+        """The pairs at `index`, without columns that are padding in all of them."""
+        ids = self.ids[index]
+        width = int((ids != PAD).sum(dim=1).max())
+        return Pairs(ids[:, :width], self.starts[index], self.b[index][:, :width])
+
+
+def sample_pairs(base, prompts, generator):
+    """One y ~ p_theta(y|x) for every canonical prompt (id list). The surprise b_t falls out of the sampler."""
+    starts = torch.tensor([len(p) for p in prompts])
+    tokens, logp = (t.cpu() for t in sample(base, prompts, generator))
+    ids = torch.full((len(prompts), int(starts.max()) + tokens.shape[1]), PAD)
+    b = torch.zeros(ids.shape)
+    for i, p in enumerate(prompts):
+        ids[i, :len(p)] = torch.tensor(p)
+        ids[i, len(p):len(p) + tokens.shape[1]] = tokens[i]
+        b[i, len(p):len(p) + tokens.shape[1]] = -logp[i]
+    return Pairs(ids, starts, b).rows(slice(None))
+
+
+def y_nll(logits, ids, starts):
+    """-log p of every token of the y region (y, </y>, <eos>), in nats; 0 elsewhere. logits (B, T, V), where entry t
+    scores ids[:, t] (shifted by the caller); ids (B, T); starts (B,). Returns (B, T)."""
+    losses = F.cross_entropy(logits.transpose(1, 2).float(), ids, reduction="none")
+    t = torch.arange(ids.shape[1], device=ids.device)
+    return losses * ((t >= starts[:, None]) & (ids != PAD))
+
+
+def score_base(model, ids, starts):
+    """Teacher-forced y_nll of canonical records under a model without latents: (B, T) -> (B, T)."""
+    logits = model(ids)
+    return y_nll(torch.cat((logits[:, :1], logits[:, :-1]), dim=1), ids, starts)  # column 0 is <bos>, never in y
+
+
+def insert_latents(ids, starts, latents):
+    """(B, T) canonical records and n latent ids -> (B, n, T + 3): '<z> z </z>' put in front of <y>, for every z."""
+    t, cut = torch.arange(ids.shape[1] + 3, device=ids.device), (starts - 1)[:, None]  # cut: where <y> stood
+    out = ids.gather(1, torch.where(t < cut, t, t - 3).clamp(min=0))[:, None].repeat(1, len(latents), 1)
+    for offset, token in enumerate((Z, latents, Z_END)):
+        value = torch.as_tensor(token, device=ids.device).expand(len(ids), len(latents))[:, :, None]
+        out.scatter_(2, (cut + offset)[:, None].expand(-1, len(latents), 1), value)
+    return out
+
+
+def score_latents(model, ids, starts):
+    """Scores every record under every latent in one pass: the generator and the router of the factorization.
+
+    ids (B, T) canonical records; starts (B,). Returns token_nll (B, K, T): -log p_psi(y_t|x,z,y_<t), 0 outside y;
+    logits (B, K, T, V) behind them; router_logits (B, V): the full next-token logits at <z>.
+    """
+    B, T = ids.shape
+    K, V = model.config.n_latents, model.config.vocab_size
+    rows = insert_latents(ids, starts, torch.arange(V - K, V, device=ids.device)).view(B * K, T + 3)
+    logits = model(rows)
+    router_logits = logits.view(B, K, T + 3, V)[torch.arange(B), 0, starts - 1]  # the same for every z, by causality
+    logits = logits[:, 2:-1]  # entry t now scores ids[:, t], which stands at t + 3
+    nll = y_nll(logits, ids.repeat_interleave(K, dim=0), starts.repeat_interleave(K))
+    return nll.view(B, K, T), logits.view(B, K, T, V), router_logits

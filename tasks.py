@@ -1,0 +1,463 @@
+"""Six synthetic tasks, each solved by several strategies that share the answer and differ in the trace.
+
+    python tasks.py                        # prints one worked example of every strategy
+
+A trace is a deterministic function of (x, strategy). Inputs x, outputs y and answers are lists of string tokens;
+y is a sequence of steps, each closed by ';', then 'ans' and the answer. Strategy names exist to make the data for the
+base model and to score results; factorize.py never reads them.
+"""
+import random
+import re
+import zlib
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<x>", "</x>", "<z>", "</z>", "<y>", "</y>", "<z_empty>")
+PAD, BOS, EOS, X, X_END, Z, Z_END, Y, Y_END, Z_EMPTY = range(len(SPECIALS))
+DIGITS = tuple("0123456789")
+
+
+class Tokenizer:
+    """Maps string tokens to ids: special tokens, then the task vocabulary, then <z1> ... <zK> once a base is factorized."""
+
+    def __init__(self, vocab, n_latents=0):
+        self.vocab, self.n_latents = tuple(vocab), n_latents
+        self.tokens = SPECIALS + self.vocab + tuple(f"<z{k + 1}>" for k in range(n_latents))
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        assert len(self.ids) == len(self.tokens), f"duplicate tokens in the vocabulary {self.tokens}"
+        self.first_latent = len(SPECIALS) + len(self.vocab)  # id of <z1>
+        # longest token first, so that 'right' is one token and '42' is two digits unless '42' is a token
+        self._split = re.compile("|".join(re.escape(t) for t in sorted(self.vocab, key=len, reverse=True)))
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def encode(self, tokens):
+        return [self.ids[t] for t in tokens]
+
+    def decode(self, ids):
+        return [self.tokens[i] for i in ids]
+
+    def split(self, text):
+        """Turns typed text ("47 + 38") into task tokens; raises ValueError naming the first piece that is none."""
+        tokens = []
+        for word in text.split():
+            while word:
+                match = self._split.match(word)
+                if not match:
+                    raise ValueError(f"'{word}' is not in the task's vocabulary: {' '.join(self.vocab)}")
+                tokens.append(match.group())
+                word = word[match.end():]
+        return tokens
+
+    def prompt(self, x):
+        """Ids of the canonical prompt <bos> <x> ... </x> <y>."""
+        return [BOS, X, *self.encode(x), X_END, Y]
+
+    def record(self, x, y):
+        """Ids of the canonical record <bos> <x> ... </x> <y> ... </y> <eos>."""
+        return [*self.prompt(x), *self.encode(y), Y_END, EOS]
+
+
+class Parsed(NamedTuple):
+    steps: list | None  # list of token lists, None when y cannot be parsed
+    answer: list | None  # tokens after 'ans'
+    reason: str | None  # why y cannot be parsed
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: how to draw an input, its answer, and one function per strategy that lists the steps."""
+    name: str
+    vocab: tuple  # task tokens, without the special ones
+    draw: Callable  # rng -> x, any input, also one on which strategies coincide
+    check: Callable  # x -> None or the reason why x is no input of this task
+    solve: Callable  # x -> answer tokens
+    steps: dict  # strategy name -> (x -> list of steps, each a list of tokens)
+
+    @property
+    def strategies(self):
+        return tuple(self.steps)
+
+    def trace(self, x, strategy):
+        """The solution y of x by `strategy`: its steps, then the answer."""
+        return [t for step in self.steps[strategy](x) for t in (*step, ";")] + ["ans", *self.solve(x)]
+
+    def answer(self, x):
+        return self.solve(x)
+
+    def is_valid_input(self, x):
+        """True if no two strategies leave the same trace on x, so that attribution is never ambiguous."""
+        return len({tuple(self.trace(x, s)) for s in self.strategies}) == len(self.strategies)
+
+    def is_test_input(self, x):
+        """About one input in ten, by a hash of x: the same split for every process, seed and order."""
+        return zlib.crc32(" ".join(x).encode()) % 10 == 0
+
+    def sample_input(self, rng, test=None):
+        """Draws x with random.Random `rng`; test=True or False keeps only that side of the split."""
+        while True:
+            x = self.draw(rng)
+            if test in (None, self.is_test_input(x)) and self.is_valid_input(x):
+                return x
+
+    def parse(self, y):
+        """Splits y into steps and answer, or says in `reason` why it cannot."""
+        if "ans" not in y:
+            return Parsed(None, None, "no answer section")
+        cut = y.index("ans")
+        body, answer = y[:cut], y[cut + 1:]
+        if not body or body[-1] != ";":
+            return Parsed(None, None, "the steps do not end with ';'")
+        steps = [step.split() for step in " ".join(body[:-1]).split(" ; ")]
+        if not all(steps) or any(";" in step for step in steps):
+            return Parsed(None, None, "empty step")
+        if not answer or any(t in (";", "ans") or t not in self.vocab for t in answer):
+            return Parsed(None, None, "malformed answer")
+        return Parsed(steps, answer, None)
+
+    def attribute(self, x, y):
+        """The strategy whose trace equals y, token for token, else None."""
+        return next((s for s in self.strategies if self.trace(x, s) == list(y)), None)
+
+    def nearest_strategy(self, x, y):
+        """Diagnostic: the strategy whose trace shares the longest prefix with y (the first of equals)."""
+        def shared(s):
+            trace = self.trace(x, s)
+            return next((i for i, (a, b) in enumerate(zip(trace, y)) if a != b), min(len(trace), len(y)))
+        return max(self.strategies, key=shared)
+
+
+def number(n):
+    """18 -> ['1', '8']: every number is written digit by digit, most significant first."""
+    return list(str(n))
+
+
+def read_numbers(tokens, separators):
+    """['4', '7', '+', '3', '8'] -> [47, 38]; None where a number is missing or malformed."""
+    parts = re.split("|".join(map(re.escape, separators)), "".join(tokens))
+    if not all(re.fullmatch("0|[1-9][0-9]*", p) for p in parts):
+        return None
+    return [int(p) for p in parts]
+
+
+# -----------------------------------------------------------------------------------------------------------------
+def list_summation(min_len=4, max_len=6, max_value=9):
+    """x = 3 5 2 7
+    left-to-right   3 + 5 = 8 ; 8 + 2 = 1 0 ; 1 0 + 7 = 1 7 ; ans 1 7
+    right-to-left   7 + 2 = 9 ; 9 + 5 = 1 4 ; 1 4 + 3 = 1 7 ; ans 1 7
+    pairwise        3 + 5 = 8 ; 2 + 7 = 9 ; 8 + 9 = 1 7 ; ans 1 7
+    """
+    def draw(rng):
+        return [str(rng.randint(1, max_value)) for _ in range(rng.randint(min_len, max_len))]
+
+    def check(x):
+        if not min_len <= len(x) <= max_len or any(t not in DIGITS or not 1 <= int(t) <= max_value for t in x):
+            return f"expected {min_len} to {max_len} digits between 1 and {max_value}"
+
+    def add(a, b):
+        return [*number(a), "+", *number(b), "=", *number(a + b)]
+
+    def running(values):
+        steps, total = [], values[0]
+        for value in values[1:]:
+            steps.append(add(total, value))
+            total += value
+        return steps
+
+    def pairwise(values):
+        steps = []
+        while len(values) > 1:
+            pairs = list(zip(values[::2], values[1::2]))
+            steps += [add(a, b) for a, b in pairs]
+            values = [a + b for a, b in pairs] + (values[-1:] if len(values) % 2 else [])
+        return steps
+
+    return Task("list_summation", (*DIGITS, "+", "=", ";", "ans"), draw, check,
+                solve=lambda x: number(sum(map(int, x))),
+                steps={"left-to-right": lambda x: running([int(t) for t in x]),
+                       "right-to-left": lambda x: running([int(t) for t in reversed(x)]),
+                       "pairwise": lambda x: pairwise([int(t) for t in x])})
+
+
+# -----------------------------------------------------------------------------------------------------------------
+def sorting_algorithms(min_len=4, max_len=5, max_value=9):
+    """x = 4 2 3 1; each step is the whole list after a change
+    bubble-sort     2 4 3 1 ; 2 3 4 1 ; 2 3 1 4 ; 2 1 3 4 ; 1 2 3 4 ; ans 1 2 3 4          (adjacent swaps)
+    selection-sort  1 2 3 4 ; ans 1 2 3 4                                    (smallest of the rest to the front)
+    insertion-sort  2 4 3 1 ; 2 3 4 1 ; 1 2 3 4 ; ans 1 2 3 4                (next element into the sorted prefix)
+    merge-sort      2 4 3 1 ; 2 4 1 3 ; 1 2 3 4 ; ans 1 2 3 4                (runs of 1, 2, 4, ... merged)
+    heap-sort       1 2 3 4 ; 3 2 1 4 ; 1 2 3 4 ; 2 1 3 4 ; 1 2 3 4 ; ans 1 2 3 4  (max-heap, then its top to the end)
+    """
+    def draw(rng):
+        return [str(v) for v in rng.sample(range(max_value + 1), rng.randint(min_len, max_len))]
+
+    def check(x):
+        if not min_len <= len(x) <= max_len or len(set(x)) < len(x) or any(t not in vocab[:max_value + 1] for t in x):
+            return f"expected {min_len} to {max_len} different numbers between 0 and {max_value}"
+
+    def changes(states):  # the states of the list, without those that equal the one before
+        return [after for before, after in zip(states, states[1:]) if after != before]
+
+    def swapped(a, i, j):
+        a = list(a)
+        a[i], a[j] = a[j], a[i]
+        return a
+
+    def bubble(a):
+        states = [a]
+        for end in range(len(a) - 1, 0, -1):
+            for i in range(end):
+                if a[i] > a[i + 1]:
+                    a = swapped(a, i, i + 1)
+                    states.append(a)
+        return changes(states)
+
+    def selection(a):
+        states = [a]
+        for i in range(len(a) - 1):
+            a = swapped(a, i, a.index(min(a[i:])))
+            states.append(a)
+        return changes(states)
+
+    def insertion(a):
+        return changes([sorted(a[:i]) + a[i:] for i in range(len(a) + 1)])
+
+    def merge(a):
+        states, width = [a], 1
+        while width < len(a):
+            for i in range(0, len(a), 2 * width):
+                a = a[:i] + sorted(a[i:i + 2 * width]) + a[i + 2 * width:]  # both runs are sorted: this is their merge
+                states.append(a)
+            width *= 2
+        return changes(states)
+
+    def heap(a):
+        states = [a]
+
+        def sift_down(root, end):  # restore the max-heap in a[:end], one swap at a time
+            while 2 * root + 1 < end:
+                child = max(range(2 * root + 1, min(2 * root + 3, end)), key=lambda i: states[-1][i])
+                if states[-1][root] >= states[-1][child]:
+                    return
+                states.append(swapped(states[-1], root, child))
+                root = child
+
+        for root in range(len(a) // 2 - 1, -1, -1):
+            sift_down(root, len(a))
+        for end in range(len(a) - 1, 0, -1):
+            states.append(swapped(states[-1], 0, end))
+            sift_down(0, end)
+        return changes(states)
+
+    def on_numbers(sort):
+        return lambda x: [[str(v) for v in state] for state in sort([int(t) for t in x])]
+
+    vocab = (*map(str, range(max_value + 1)), ";", "ans")
+    return Task("sorting_algorithms", vocab, draw, check,
+                solve=lambda x: sorted(x, key=int),
+                steps={"bubble-sort": on_numbers(bubble), "selection-sort": on_numbers(selection),
+                       "insertion-sort": on_numbers(insertion), "merge-sort": on_numbers(merge),
+                       "heap-sort": on_numbers(heap)})
+
+
+# -----------------------------------------------------------------------------------------------------------------
+def grid_pathfinding(side=16, max_distance=5):
+    """x = 3 4 to 5 6 (start row and column, goal row and column); each step is a move and the cell it reaches
+    right-first     right 3 5 ; right 3 6 ; down 4 6 ; down 5 6 ; ans 4      (the answer: the length of the path)
+    down-first      down 4 4 ; down 5 4 ; right 5 5 ; right 5 6 ; ans 4
+    alternating     right 3 5 ; down 4 5 ; right 4 6 ; down 5 6 ; ans 4
+    """
+    def draw(rng):
+        (row, row_goal), (col, col_goal) = (sorted(rng.sample(range(side), 2)) for _ in range(2))
+        return [str(row), str(col), "to", str(row_goal), str(col_goal)] if check(
+            [str(row), str(col), "to", str(row_goal), str(col_goal)]) is None else draw(rng)
+
+    def check(x):
+        if len(x) != 5 or x[2] != "to" or any(t not in vocab[:side] for t in (*x[:2], *x[3:])):
+            return f"expected 'row column to row column' with coordinates between 0 and {side - 1}"
+        if not all(0 <= d <= max_distance for d in distances(x)):
+            return f"the goal must lie at most {max_distance} cells right of and below the start"
+
+    def distances(x):  # (to the right, down)
+        row, col, _, row_goal, col_goal = x
+        return int(col_goal) - int(col), int(row_goal) - int(row)
+
+    def walk(x, moves):
+        row, col, steps = int(x[0]), int(x[1]), []
+        for move in moves:
+            row, col = row + (move == "down"), col + (move == "right")
+            steps.append([move, str(row), str(col)])
+        return steps
+
+    def alternating(right, down):
+        both = min(right, down)
+        return ["right", "down"] * both + ["right"] * (right - both) + ["down"] * (down - both)
+
+    vocab = (*map(str, range(max(side, 2 * max_distance + 1))), "right", "down", "to", ";", "ans")
+    return Task("grid_pathfinding", vocab, draw, check,
+                solve=lambda x: [str(sum(distances(x)))],
+                steps={"right-first": lambda x: walk(x, ["right"] * distances(x)[0] + ["down"] * distances(x)[1]),
+                       "down-first": lambda x: walk(x, ["down"] * distances(x)[1] + ["right"] * distances(x)[0]),
+                       "alternating": lambda x: walk(x, alternating(*distances(x)))})
+
+
+# -----------------------------------------------------------------------------------------------------------------
+def linear_equation_solving(max_factor=9, max_root=12, max_offset=30):
+    """x = 3 x + 5 = 2 0
+    subtract-then-divide   3 x = 2 0 - 5 ; 3 x = 1 5 ; x = 1 5 / 3 ; x = 5 ; ans 5
+    divide-then-subtract   x + 5 / 3 = 2 0 / 3 ; x = 2 0 / 3 - 5 / 3 ; x = 1 5 / 3 ; x = 5 ; ans 5
+    inverse-ops            2 0 - 5 = 1 5 ; 1 5 / 3 = 5 ; ans 5
+    """
+    def draw(rng):
+        a, root, b = rng.randint(2, max_factor), rng.randint(1, max_root), rng.randint(1, max_offset)
+        return [*number(a), "x", "+", *number(b), "=", *number(a * root + b)]
+
+    def read(x):  # a, b, c as token lists, and the numbers
+        plus, equals = x.index("+"), x.index("=")
+        a, b, c = x[:plus - 1], x[plus + 1:equals], x[equals + 1:]
+        return a, b, c, *(int("".join(t)) for t in (a, b, c))
+
+    def check(x):
+        numbers = read_numbers(x, ["x+", "="])
+        if not numbers or len(numbers) != 3 or "x" not in x or "+" not in x or "=" not in x:
+            return "expected 'a x + b = c'"
+        a, b, c = numbers
+        if not (2 <= a <= max_factor and 1 <= b <= max_offset and (c - b) % a == 0 and 1 <= (c - b) // a <= max_root):
+            return (f"expected a x + b = c with a between 2 and {max_factor}, b between 1 and {max_offset}, "
+                    f"and a whole x between 1 and {max_root}")
+
+    def subtract_then_divide(x):
+        a, b, c, na, nb, nc = read(x)
+        return [[*a, "x", "=", *c, "-", *b], [*a, "x", "=", *number(nc - nb)],
+                ["x", "=", *number(nc - nb), "/", *a], ["x", "=", *number((nc - nb) // na)]]
+
+    def divide_then_subtract(x):
+        a, b, c, na, nb, nc = read(x)
+        return [["x", "+", *b, "/", *a, "=", *c, "/", *a], ["x", "=", *c, "/", *a, "-", *b, "/", *a],
+                ["x", "=", *number(nc - nb), "/", *a], ["x", "=", *number((nc - nb) // na)]]
+
+    def inverse_ops(x):
+        a, b, c, na, nb, nc = read(x)
+        return [[*c, "-", *b, "=", *number(nc - nb)], [*number(nc - nb), "/", *a, "=", *number((nc - nb) // na)]]
+
+    return Task("linear_equation_solving", (*DIGITS, "x", "+", "-", "/", "=", ";", "ans"), draw, check,
+                solve=lambda x: number((read(x)[5] - read(x)[4]) // read(x)[3]),
+                steps={"subtract-then-divide": subtract_then_divide, "divide-then-subtract": divide_then_subtract,
+                       "inverse-ops": inverse_ops})
+
+
+# -----------------------------------------------------------------------------------------------------------------
+def base_conversion(min_value=16, max_value=511):
+    """x = 1 8 2 base 1 6
+    repeated-division   1 8 2 / 1 6 = 1 1 r 6 ; 1 1 / 1 6 = 0 r b ; ans b 6             (remainders, last one first)
+    via-binary          1 8 2 = 1 0 1 1 0 1 1 0 ; 1 0 1 1 = b ; 0 1 1 0 = 6 ; ans b 6   (4 bits a digit in base 16)
+    decomposition       1 8 2 = b * 1 6 + 6 ; 6 = 6 * 1 + 0 ; ans b 6                   (largest power first)
+    """
+    bits_per_digit = {4: 2, 8: 3, 16: 4}
+    digit = "0123456789abcdef"
+
+    def draw(rng):
+        return [*number(rng.randint(min_value, max_value)), "base", *number(rng.choice((4, 8, 16)))]
+
+    def check(x):
+        numbers = read_numbers(x, ["base"])
+        if not numbers or len(numbers) != 2 or not min_value <= numbers[0] <= max_value or numbers[1] not in (4, 8, 16):
+            return f"expected 'n base b' with n between {min_value} and {max_value} and b one of 4, 8, 16"
+
+    def digits(n, base):
+        return (digits(n // base, base) if n >= base else []) + [digit[n % base]]
+
+    def repeated_division(n, base):
+        steps = []
+        while n:
+            steps.append([*number(n), "/", *number(base), "=", *number(n // base), "r", digit[n % base]])
+            n //= base
+        return steps
+
+    def via_binary(n, base):
+        width = bits_per_digit[base]
+        groups = [f"{int(d, 16):0{width}b}" for d in digits(n, base)]
+        return [[*number(n), "=", *f"{n:b}"]] + [[*g, "=", digit[int(g, 2)]] for g in groups]
+
+    def decomposition(n, base):
+        steps = []
+        for power in reversed(range(len(digits(n, base)))):
+            rest = n % base ** power
+            steps.append([*number(n), "=", digit[n // base ** power], "*", *number(base ** power), "+", *number(rest)])
+            n = rest
+        return steps
+
+    def on_numbers(strategy):
+        return lambda x: strategy(*read_numbers(x, ["base"]))
+
+    return Task("base_conversion", (*digit, "base", "r", "/", "*", "+", "=", ";", "ans"), draw, check,
+                solve=on_numbers(digits),
+                steps={"repeated-division": on_numbers(repeated_division), "via-binary": on_numbers(via_binary),
+                       "decomposition": on_numbers(decomposition)})
+
+
+# -----------------------------------------------------------------------------------------------------------------
+def multidigit_addition(min_digits=2, max_digits=3):
+    """x = 4 7 + 3 8
+    right-to-left-carry      7 + 8 + 0 = 5 carry 1 ; 4 + 3 + 1 = 8 carry 0 ; ans 8 5
+    left-to-right-partials   4 0 + 3 0 = 7 0 ; 7 + 8 = 1 5 ; 7 0 + 1 5 = 8 5 ; ans 8 5
+    rounding-decomposition   3 8 + 2 = 4 0 ; 4 7 + 4 0 = 8 7 ; 8 7 - 2 = 8 5 ; ans 8 5
+    """
+    def draw(rng):
+        a, b = (rng.randrange(10 ** (n - 1), 10 ** n) for n in (rng.randint(min_digits, max_digits) for _ in range(2)))
+        return [*number(a), "+", *number(b)]
+
+    def check(x):
+        numbers = read_numbers(x, ["+"])
+        if not numbers or len(numbers) != 2 or not all(min_digits <= len(str(n)) <= max_digits for n in numbers):
+            return f"expected 'a + b', each of {min_digits} to {max_digits} digits"
+
+    def add(a, b):
+        return [*number(a), "+", *number(b), "=", *number(a + b)]
+
+    def right_to_left_carry(a, b):
+        steps, carry = [], 0
+        for place in range(max(len(str(a)), len(str(b)))):
+            da, db = a // 10 ** place % 10, b // 10 ** place % 10
+            total = da + db + carry
+            steps.append([str(da), "+", str(db), "+", str(carry), "=", str(total % 10), "carry", str(total // 10)])
+            carry = total // 10
+        return steps
+
+    def left_to_right_partials(a, b):
+        steps, total = [], None
+        for place in reversed(range(max(len(str(a)), len(str(b))))):
+            da, db = (n // 10 ** place % 10 * 10 ** place for n in (a, b))
+            steps.append(add(da, db))
+            if total is not None:
+                steps.append(add(total, da + db))
+            total = (total or 0) + da + db
+        return steps
+
+    def rounding_decomposition(a, b):
+        excess = -b % 10
+        return [add(b, excess), add(a, b + excess), [*number(a + b + excess), "-", *number(excess), "=", *number(a + b)]]
+
+    def on_numbers(strategy):
+        return lambda x: strategy(*read_numbers(x, ["+"]))
+
+    return Task("multidigit_addition", (*DIGITS, "+", "-", "=", "carry", ";", "ans"), draw, check,
+                solve=lambda x: number(sum(read_numbers(x, ["+"]))),
+                steps={"right-to-left-carry": on_numbers(right_to_left_carry),
+                       "left-to-right-partials": on_numbers(left_to_right_partials),
+                       "rounding-decomposition": on_numbers(rounding_decomposition)})
+
+
+# every task by name, as a function of its sizes, and at its default sizes
+TASK_FUNCTIONS = {f.__name__: f for f in (list_summation, sorting_algorithms, grid_pathfinding,
+                                          linear_equation_solving, base_conversion, multidigit_addition)}
+TASKS = {name: task() for name, task in TASK_FUNCTIONS.items()}
+
+
+if __name__ == "__main__":
+    for task in TASKS.values():
+        x = task.sample_input(random.Random(1))
+        print(f"\n{task.name}   x = {' '.join(x)}")
+        for strategy in task.strategies:
+            print(f"  {strategy:24s} {' '.join(task.trace(x, strategy))}")

@@ -1,0 +1,201 @@
+"""Trains the base model p(y|x) on traces of all strategies mixed.
+
+    python train_base.py configs/sorting_base.py
+
+Leaves out/sorting_base/ with ckpt.pt, config.json, log.jsonl and metrics.json. The lowest loss anybody can reach is the
+entropy of the mixture, log S nats a sequence for S equally likely strategies: traces are deterministic given one.
+"""
+import dataclasses
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import configs
+from configs import fail
+from model import GPT, GPTConfig, pad, sample, score_base
+from tasks import PAD, TASK_FUNCTIONS, TASKS, Tokenizer, Y_END
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    task: str  # a name in tasks.TASKS
+    name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
+    task_sizes: dict = dataclasses.field(default_factory=dict)  # arguments of the task's function, such as {"max_len": 6}
+    strategy_weights: list | None = None  # mixture of strategies in the data, in the task's order; None: uniform
+    n_layer: int = 3  # transformer blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width
+    block_size: int = 128  # longest sequence, in tokens
+    steps: int = 2400  # gradient steps
+    batch_size: int = 64  # records a step
+    chunks: int = 4  # pieces of a batch, sorted by length, so that little is spent on padding; same gradient
+    optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
+    lr: float = 0.02  # peak learning rate of Muon's matrices
+    adamw_lr: float = 3e-3  # peak learning rate of AdamW's parameters
+    weight_decay: float = 0.01  # decoupled, as in AdamW
+    warmup: int = 50  # steps of linear warm-up; after them the rate falls linearly to 0
+    eval_every: int = 200  # steps between validations
+    eval_size: int = 512  # held-out records and samples a validation
+    final_eval_size: int = 2000  # the same, after training
+    seed: int = 0  # of weights and data
+    threads: int = 2  # CPU threads
+
+
+def make_task(name, sizes):
+    if name not in TASKS:
+        fail(f"config key 'task': unknown task '{name}', known: {', '.join(TASKS)}")
+    try:
+        return TASK_FUNCTIONS[name](**sizes)
+    except TypeError as e:
+        fail(f"config key 'task_sizes': {e}")
+
+
+def make_optimizers(model, cfg):
+    """Muon [Jordan et al. 2024] for the matrices inside the blocks, AdamW for everything else, or AdamW for all."""
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.requires_grad]
+    others = [p for name, p in model.named_parameters() if not name.startswith("blocks.") and p.requires_grad]
+    if cfg.optimizer == "adamw":
+        return [torch.optim.AdamW(matrices + others, cfg.adamw_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+    if cfg.optimizer != "muon":
+        fail(f"config key 'optimizer' is 'muon' or 'adamw', got '{cfg.optimizer}'")
+    return [torch.optim.Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay),
+            torch.optim.AdamW(others, cfg.adamw_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+
+
+def set_lr(optimizers, fraction):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("peak_lr", group["lr"]) * fraction
+
+
+def trapezoid(step, steps, warmup):
+    """Share of the peak learning rate at `step`: linear warm-up, then linear decay to 0."""
+    return min((step + 1) / warmup if warmup else 1.0, 1.0) * (1 - step / steps)
+
+
+def record_batch(task, tokenizer, weights, rng, size, test):
+    """`size` canonical records as id lists, each with a strategy drawn by `weights`, and the length of its prompt."""
+    records, starts = [], []
+    for _ in range(size):
+        x = task.sample_input(rng, test)
+        y = task.trace(x, rng.choices(task.strategies, weights)[0])
+        records.append(tokenizer.record(x, y))
+        starts.append(len(x) + 4)  # <bos> <x> x </x> <y>
+    return records, starts
+
+
+@torch.no_grad()
+def validate(model, task, tokenizer, weights, size, seed):
+    """Held-out NLL (nats a sequence) and what `size` sampled solutions look like to the task's own validator."""
+    rng = random.Random(f"validation {seed}")
+    records, starts = record_batch(task, tokenizer, weights, rng, size, test=True)
+    nll = score_base(model, pad(records), torch.tensor(starts)).sum(dim=1).mean().item()
+    xs = [task.sample_input(rng, test=True) for _ in range(size)]
+    ys = sample_ys(model, tokenizer, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(seed))
+    found = [task.attribute(x, y) for x, y in zip(xs, ys)]
+    return {"nll": nll, "valid_trace_rate": 1 - found.count(None) / size,
+            **{f"share_{s}": found.count(s) / size for s in task.strategies}, **score_answers(task, xs, ys)}
+
+
+def score_answers(task, xs, ys):
+    """Shares of solutions that parse, and that also end in the true answer."""
+    parsed = [task.parse(y) for y in ys]
+    return {"parse_success": sum(p.reason is None for p in parsed) / len(xs),
+            "final_answer_accuracy": sum(p.answer == task.answer(x) for p, x in zip(parsed, xs)) / len(xs)}
+
+
+def sample_ys(model, tokenizer, prompts, generator, batch=256):
+    """One sampled y (list of tokens, without </y>) for every prompt."""
+    ys = []
+    for i in range(0, len(prompts), batch):
+        for ids in sample(model, prompts[i:i + batch], generator)[0].tolist():
+            ys.append(tokenizer.decode(ids[:ids.index(Y_END)] if Y_END in ids else [t for t in ids if t != PAD]))
+    return ys
+
+
+def save(path, content):
+    """torch.save, atomically: what stood at `path` is replaced only by a complete file."""
+    torch.save(content, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def write_json(path, content):
+    with open(path + ".tmp", "w") as f:
+        json.dump(content, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def write_result(folder, config, metrics):
+    """metrics.json, and result.json: the same with all that is needed to repeat the run."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(__file__) or ".")
+    write_json(os.path.join(folder, "metrics.json"), metrics)
+    write_json(os.path.join(folder, "result.json"), {
+        "config": config, "seed": config["seed"], "commit": git.stdout.strip() or "unknown",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
+        "metrics": metrics})
+
+
+def train(cfg):
+    """Trains the base of cfg and leaves its run folder, with ckpt.pt written last."""
+    torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    task = make_task(cfg.task, cfg.task_sizes)
+    tokenizer = Tokenizer(task.vocab)
+    weights = cfg.strategy_weights or [1.0] * len(task.strategies)
+    if len(weights) != len(task.strategies) or min(weights) < 0 or sum(weights) <= 0:
+        fail(f"config key 'strategy_weights' takes {len(task.strategies)} weights, none negative, for {task.strategies}")
+    floor = -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights if w)
+    model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
+    optimizers = make_optimizers(model, cfg)
+    folder = os.path.join("out", cfg.name)
+    os.makedirs(folder, exist_ok=True)
+    write_json(os.path.join(folder, "config.json"), dataclasses.asdict(cfg))
+    log = open(os.path.join(folder, "log.jsonl"), "w")
+    start, scores = time.time(), None
+    bar = tqdm(range(cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
+    for step in bar:
+        set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
+        # data are a function of (seed, step) alone
+        records, starts = record_batch(task, tokenizer, weights, random.Random(f"base {cfg.seed} {step}"),
+                                       cfg.batch_size, test=False)
+        order = sorted(range(len(records)), key=lambda i: len(records[i]))
+        y_tokens = sum(map(len, records)) - sum(starts)
+        loss = 0.0
+        for c in range(cfg.chunks):
+            rows = order[c * len(order) // cfg.chunks:(c + 1) * len(order) // cfg.chunks]
+            nll = score_base(model, pad([records[i] for i in rows]), torch.tensor([starts[i] for i in rows])).sum()
+            (nll / y_tokens).backward()  # of the mean token loss, whose scale does not depend on the task
+            loss += nll.item() / cfg.batch_size  # nats a sequence, to compare with the floor
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} at step {step + 1}; nothing was saved")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            size = cfg.final_eval_size if step + 1 == cfg.steps else cfg.eval_size
+            scores = {"floor": floor, **validate(model, task, tokenizer, weights, size, cfg.seed),
+                      "minutes": (time.time() - start) / 60}
+            log.write(json.dumps({"step": step + 1, "loss": loss, **scores}) + "\n")
+            log.flush()
+            if bar.disable:
+                print(f"{cfg.name} step {step + 1}/{cfg.steps}: loss {loss:.3f}, held-out {scores['nll']:.3f}, floor "
+                      f"{floor:.3f}, valid traces {scores['valid_trace_rate']:.3f}, "
+                      f"{scores['minutes'] * (cfg.steps / (step + 1) - 1):.1f} min left", flush=True)
+        if scores:
+            bar.set_postfix_str(f"loss {loss:.3f} floor {floor:.3f} valid traces {scores['valid_trace_rate']:.3f}")
+    write_result(folder, dataclasses.asdict(cfg), scores)
+    save(os.path.join(folder, "ckpt.pt"), {
+        "kind": "base", "version": 1, "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
+        "model": model.state_dict(), "vocab": list(task.vocab), "c_base": scores["nll"]})
+
+
+if __name__ == "__main__":
+    train(configs.load(sys.modules["__main__"], sys.argv[1:]))
