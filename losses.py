@@ -67,17 +67,29 @@ def inter_latent_jsd(logp_tokens, w):
 
 
 @torch.no_grad()
-def balanced_responsibilities(scores, log_prior, iterations=30):
-    """T = Sinkhorn(scores): the coupling closest to softmax(scores) whose rows sum to 1 and whose column means equal
-    the prior [2, 3], so that no latent dies and none takes all.
+def balanced_responsibilities(scores, log_prior, group=None, log_weight=None, iterations=30):
+    """T = Sinkhorn(scores): rows sum to 1, and the weighted mean of the rows of each group is the prior, so that no
+    latent dies and none takes all. Of all such couplings the closest to softmax(scores) in KL [2, 3].
 
-    scores (B, K), for example log p(y|x,z) / tau; log_prior (K,). Returns log T (B, K), without gradient: T is a target.
+    scores (B, K), for example log p(y|x,z) / tau; log_prior (K,); group (B,) of integers from 0 and log_weight (B,)
+    that sums to 1 in every group; by default one group, the batch, of equal weights. Returns log T (B, K), without
+    gradient: T is a target, and following it through its own constraints would reward gaming them.
     """
-    log_t = scores
+    if group is None:
+        group = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+        log_weight = torch.full((len(scores),), -math.log(len(scores)), device=scores.device)
+    shift = torch.zeros(int(group.max()) + 1, scores.shape[1], device=scores.device)  # log potential of (group, latent)
     for _ in range(iterations):
-        log_t = log_t - log_t.logsumexp(dim=0) + log_prior + math.log(len(log_t))
-        log_t = log_t - log_t.logsumexp(dim=1, keepdim=True)
-    return log_t
+        log_t = F.log_softmax(scores + shift[group], dim=1)
+        shift += log_prior - grouped_logsumexp(log_t + log_weight[:, None], group, len(shift))
+    return F.log_softmax(scores + shift[group], dim=1)
+
+
+def grouped_logsumexp(values, group, n_groups):
+    """log sum of exp(values) over the rows of each group: (B, K), (B,) -> (n_groups, K)."""
+    top = torch.full((n_groups, values.shape[1]), -torch.inf, device=values.device)
+    top = top.scatter_reduce(0, group[:, None].expand_as(values), values, "amax")
+    return top + torch.zeros_like(top).index_add(0, group, (values - top[group]).exp()).log()
 
 
 def distillation(target, logq):

@@ -142,7 +142,7 @@ def read_numbers(tokens, separators):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-def list_summation(min_len=4, max_len=6, max_value=9):
+def list_summation(min_len=4, max_len=5, max_value=9):
     """x = 3 5 2 7
     left-to-right   3 + 5 = 8 ; 8 + 2 = 1 0 ; 1 0 + 7 = 1 7 ; ans 1 7
     right-to-left   7 + 2 = 9 ; 9 + 5 = 1 4 ; 1 4 + 3 = 1 7 ; ans 1 7
@@ -398,7 +398,7 @@ def base_conversion(min_value=16, max_value=511):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-def multidigit_addition(min_digits=2, max_digits=3):
+def multidigit_addition(min_digits=1, max_digits=2):
     """x = 4 7 + 3 8
     right-to-left-carry      7 + 8 + 0 = 5 carry 1 ; 4 + 3 + 1 = 8 carry 0 ; ans 8 5
     left-to-right-partials   4 0 + 3 0 = 7 0 ; 7 + 8 = 1 5 ; 7 0 + 1 5 = 8 5 ; ans 8 5

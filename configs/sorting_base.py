@@ -1,3 +1,3 @@
 # python train_base.py configs/sorting_base.py
 task = "sorting_algorithms"
-steps = 3000
+steps = 2000
