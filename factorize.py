@@ -3,7 +3,12 @@
     python factorize.py configs/sorting_discrete.py
 
 Trains the base first if its checkpoint is missing. Leaves out/sorting_discrete/ with ckpt.pt, config.json, log.jsonl,
-metrics.json and figures.
+metrics.json, result.json and figures. The recipe has four stages:
+    clusters           label a few thousand responses of the base (posterior.cluster_responses), fit a linear posterior
+    held               the generator learns to use z, the posterior's labels standing still
+    responsibilities   labels T = Sinkhorn(log p(y|x,z) / tau + alpha log q(z|x,y)) [1]; alpha fades to 0
+    ELBO               the exact evidence lower bound [2], everything trained together
+[1] Asano et al. 2020, arXiv 1911.05371     [2] Kingma & Welling 2014, arXiv 1312.6114
 """
 import dataclasses
 import json
@@ -18,116 +23,220 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import configs
+import evaluate
 import losses
 import train_base
 from configs import fail
-from model import GPT, GPTConfig, sample_pairs, score_latents
-from posterior import Posterior
-from tasks import Tokenizer
-from train_base import make_optimizers, make_task, save, set_lr, trapezoid
+from model import sample_pairs, score_latents
+from posterior import Posterior, cluster_responses
+from tasks import PAD, Tokenizer
+from train_base import check_finite, load_base, make_optimizers, save, set_lr, trapezoid, write_json, write_result
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    base: str  # config file of the base model; trained first if its checkpoint is missing
+    base: str  # config file of the base model, which is trained first if its checkpoint is missing
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     n_latents: int = 0  # K; 0: as many as the task has strategies
-    steps: int = 400  # gradient steps
-    batch_size: int = 64  # pairs (x, y) a step, y sampled from the base
-    pool_size: int = 512  # pairs sampled from the base at a time; each is used once
+    steps: int = 300  # gradient steps
+    batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
+    pool_size: int = 512  # pairs sampled at a time; each is used once
     chunks: int = 4  # pieces of a batch, sorted by length, so that little is spent on padding; same gradient
-    # balanced responsibilities, in place of q, for the first steps
-    responsibility_steps: int = 300  # 0: the plain ELBO from the start
-    held_steps: int = 0  # of these, steps in which the responsibilities follow the posterior as it was initialised
-    tau: float = 0.5  # temperature of log p(y|x,z) in the responsibilities
-    alpha: float = 4.0  # weight of log q in them
-    # objective: J = R + beta K + sum_i weight_i L_i; a weight of 0 is not computed
-    beta: float = 0.1  # of KL(q || p)
+    # stages
+    cluster_inputs: int = 384  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
+    cluster_responses: int = 12  # responses to each of them
+    held_steps: int = 50  # steps whose labels come from the posterior as it started
+    responsibility_steps: int = 150  # further steps with balanced responsibilities; the remaining ones train the ELBO
+    tau: float = 1.0  # temperature of log p(y|x,z) in the responsibilities
+    alpha: float = 1.0  # weight of log q(z|x,y) in them at first; fades to 0
+    posterior: str = "linear"  # "linear": frozen backbone, trained head; "full": both trained
+    unfreeze_step: int = 0  # step at which the backbone of a linear posterior starts to train; 0: never
+    # objective J = R + beta KL + sum_i weight_i L_i of the ELBO; a term of weight 0 takes no part in it
     normalize_reconstruction: bool = True  # divide R by c_base, the base's validation loss
-    token_weighted_weight: float = 0.0
-    posterior_entropy_weight: float = 0.0
-    router_support_weight: float = 0.0
-    router_marginal_kl_weight: float = 0.0
-    jsd_weight: float = 0.0
-    distillation_weight: float = 1.0  # of posterior and router towards the responsibilities
-    posterior: str = "linear"  # "linear": frozen backbone, "full": trained with its head
+    beta: float = 0.1  # of KL(q || p)
+    token_weighted_weight: float = 0.0  # of the token-weighted reconstruction
+    posterior_entropy_weight: float = 0.0  # of H(q)
+    router_support_weight: float = 0.1  # of the router's mass outside the latent tokens
+    router_marginal_kl_weight: float = 0.0  # of KL(mean router || uniform)
+    jsd_weight: float = 0.0  # of minus the inter-latent Jensen-Shannon divergence
+    distillation_weight: float = 1.0  # of posterior and router towards the responsibilities, before the ELBO
+    # optimisation
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
-    lr: float = 0.01
-    adamw_lr: float = 1e-3
-    posterior_lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup: int = 20
-    eval_every: int = 50
-    eval_inputs: int = 64
-    seed: int = 0
-    threads: int = 2
+    lr: float = 0.01  # peak learning rate of Muon's matrices
+    adamw_lr: float = 1e-3  # peak learning rate of AdamW's parameters, the posterior's among them
+    weight_decay: float = 0.0  # decoupled, as in AdamW
+    warmup: int = 20  # steps of linear warm-up; after them the rate falls linearly to 0
+    # evaluation, on test inputs
+    eval_every: int = 50  # steps between looks at the alignment
+    eval_inputs: int = 256  # different inputs, as many as the task has
+    eval_samples: int = 16  # router samples an input
+    seed: int = 0  # of weights, data and clusters
+    threads: int = 2  # CPU threads
+
+
+def draw_pairs(base, task, tokenizer, n_inputs, n_responses, key):
+    """n_responses samples y ~ p_theta(y|x) for each of n_inputs training inputs: a function of the string `key` alone."""
+    rng = random.Random(key)
+    xs = [x for x in (task.sample_input(rng, test=False) for _ in range(n_inputs)) for _ in range(n_responses)]
+    return sample_pairs(base, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(rng.getrandbits(48)))
+
+
+def start_posterior(q, base, task, tokenizer, cfg, log_prior):
+    """Clusters responses of the base and fits the posterior's head to the clusters; returns the scatter within them."""
+    pairs = draw_pairs(base, task, tokenizer, cfg.cluster_inputs, cfg.cluster_responses, f"clusters {cfg.seed}")
+    first = {}  # a response that came up several times is one response, weighted by its probability
+    for i, row in enumerate(pairs.ids.tolist()):
+        first.setdefault((i // cfg.cluster_responses, *row), i)
+    index = torch.tensor(list(first.values()))
+    distinct = pairs.rows(index)
+    features = q.fit_statistics(distinct)
+    log_t, scatter = cluster_responses(features, index // cfg.cluster_responses, -distinct.b.sum(dim=1), log_prior,
+                                       torch.Generator().manual_seed(cfg.seed))
+    q.fit_head(features, log_t)
+    return scatter
+
+
+def score_batch(model, batch, w, chunks):
+    """Everything the objective needs of the generator, one value per example and latent; w (B, T): token weights.
+
+    Returns logp_y (B, K), weighted_nll (B, K), jsd (B,) and router_logits (B, V). Pieces of similar length are scored
+    one after the other: a sum over examples does not care.
+    """
+    order = (batch.ids != PAD).sum(dim=1).argsort().chunk(chunks)
+    parts = []
+    for rows in order:
+        piece = batch.rows(rows)
+        token_nll, logits, router_logits = score_latents(model, piece.ids, piece.starts)
+        weights = w[rows][:, :piece.ids.shape[1]]
+        jsd = losses.inter_latent_jsd(F.log_softmax(logits, dim=-1), weights)
+        parts.append((-token_nll.sum(dim=2), losses.token_weighted_nll(token_nll, weights), jsd, router_logits))
+    back = torch.cat(order).argsort()
+    return [torch.cat(part)[back] for part in zip(*parts)]
 
 
 def factorize(cfg):
+    """Runs the recipe of cfg and leaves its run folder; returns the path of the folder."""
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    ckpt = torch.load(f"{os.environ.get('BASES','out')}/{os.path.basename(cfg.base)[:-3]}/ckpt.pt")
-    task = make_task(ckpt["config"]["task"], ckpt["config"]["task_sizes"])
-    base = GPT(GPTConfig(**ckpt["model_config"])); base.load_state_dict(ckpt["model"]); base.requires_grad_(False)
-    c_base = ckpt["c_base"]
+    base, task, base_checkpoint = get_base(cfg)
+    c_base = base_checkpoint["c_base"]
     K = cfg.n_latents or len(task.strategies)
+    check(cfg, K)
     tokenizer = Tokenizer(task.vocab, K)
     model = base.with_latents(K)
     q = Posterior(base, K, cfg.posterior)
-    optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW([p for p in q.parameters() if p.requires_grad], cfg.posterior_lr, weight_decay=0)]
+    optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.adamw_lr, weight_decay=0.0)]
     log_prior = torch.full((K,), -math.log(K))
-
-    def draw(n, tag, test=False):
-        rng = random.Random(f"{tag} {cfg.seed}")
-        xs = [task.sample_input(rng, test) for _ in range(n)]
-        g = torch.Generator().manual_seed(rng.randrange(2**31))
-        return xs, sample_pairs(base, [tokenizer.prompt(x) for x in xs], g)
-    from train_base import until_end
-    xt, pt = draw(512, "test", True)
-    lab = torch.tensor([task.strategies.index(s) if (s := task.attribute(x, until_end(tokenizer, r[st:].tolist()))) else -1 for x, r, st in zip(xt, pt.ids, pt.starts.tolist())])
-    q.fit_standardisation(draw(1024, "std")[1])
-    from lab_align import align
-    t0 = time.time(); ts = 0
-    for step in range(cfg.steps):
+    folder = os.path.join("out", cfg.name)
+    os.makedirs(folder, exist_ok=True)
+    write_json(os.path.join(folder, "config.json"), dataclasses.asdict(cfg))
+    log = open(os.path.join(folder, "log.jsonl"), "w")
+    start = time.time()
+    print(f"{cfg.name}: {K} latents for {task.name}, base at {c_base:.3f} nats a solution", flush=True)
+    if cfg.cluster_inputs:
+        scatter = start_posterior(q, base, task, tokenizer, cfg, log_prior)
+        print(f"{cfg.name}: clustered responses of the base, scatter within clusters {scatter:.3f}, "
+              f"{(time.time() - start) / 60:.1f} min", flush=True)
+    elbo_step = cfg.held_steps + cfg.responsibility_steps
+    shown = {}
+    bar = tqdm(range(cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
+    for step in bar:
         set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
-        i = step * cfg.batch_size % cfg.pool_size
-        if i == 0:
-            t = time.time(); _, pool = draw(cfg.pool_size, f"pool {step}"); ts += time.time() - t
-        batch = pool.rows(slice(i, i + cfg.batch_size))
-        logq = q(batch)
-        order = (batch.ids != 0).sum(1).argsort().chunk(cfg.chunks)
-        out = []
-        w = losses.token_weights(batch.b)
-        for rows in order:
-            c = batch.rows(rows)
-            token_nll, logits, router_logits = score_latents(model, c.ids, c.starts)
-            out.append((-token_nll.sum(2), router_logits))
-        back = torch.cat(order).argsort()
-        logp_y, router_logits = (torch.cat(t)[back] for t in zip(*out))
-        logp_z = F.log_softmax(router_logits[:, -K:], dim=1)
-        terms = {}
-        if step < cfg.responsibility_steps:
-            scores = logp_y.detach() / cfg.tau + cfg.alpha * logq.detach() if step >= cfg.held_steps else cfg.alpha * logq.detach()
-            log_t = losses.balanced_responsibilities(scores, log_prior)
-            R = losses.reconstruction(logp_y, log_t).mean() / c_base
-            J = R + cfg.distillation_weight * ((losses.distillation(log_t, logq) if step >= cfg.held_steps else 0 * logq[:, 0]) + losses.distillation(log_t, logp_z)).mean()
+        if cfg.unfreeze_step and step == cfg.unfreeze_step:
+            q.unfreeze()
+        # pairs are sampled from the frozen base as they are needed, and never twice
+        used = step * cfg.batch_size % cfg.pool_size
+        if used == 0:
+            pool = draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
+        batch = pool.rows(slice(used, used + cfg.batch_size))
+
+        # posterior, generator and router
+        logq = q(batch)  # (B, K)
+        logp_y, weighted_nll, jsd, router_logits = score_batch(model, batch, losses.token_weights(batch.b), cfg.chunks)
+        logp_z = F.log_softmax(router_logits[:, -K:], dim=1)  # (B, K)
+
+        # who is responsible for y: the posterior, or, before the ELBO, labels T that no gradient flows through
+        if step < cfg.held_steps:
+            assignment = losses.balanced_responsibilities(logq, log_prior)
+        elif step < elbo_step:
+            alpha = cfg.alpha * (elbo_step - step) / cfg.responsibility_steps
+            assignment = losses.balanced_responsibilities(logp_y / cfg.tau + alpha * logq, log_prior)
         else:
-            R = losses.reconstruction(logp_y, logq).mean() / c_base
-            KL = losses.categorical_kl(logq, logp_z).mean()
-            J = R + cfg.beta * KL + cfg.router_marginal_kl_weight * losses.router_marginal_kl(logp_z, log_prior) + cfg.posterior_entropy_weight * losses.posterior_entropy(logq).mean()
+            assignment = logq
+        learns_t, elbo = float(step < elbo_step), float(step >= elbo_step)
+        terms = {  # name: (weight, value in nats); a weight of 0 leaves the term out of the objective, but in the log
+            "reconstruction": (1 / c_base if cfg.normalize_reconstruction else 1.0,
+                               losses.reconstruction(logp_y, assignment).mean()),
+            "kl": (elbo * cfg.beta, losses.categorical_kl(logq, logp_z).mean()),
+            "token_weighted": (cfg.token_weighted_weight, losses.expected(weighted_nll, assignment).mean()),
+            "posterior_entropy": (cfg.posterior_entropy_weight, losses.posterior_entropy(logq).mean()),
+            "router_support": (cfg.router_support_weight, losses.router_support(router_logits, K).mean()),
+            "router_marginal_kl": (cfg.router_marginal_kl_weight, losses.router_marginal_kl(logp_z, log_prior)),
+            "jsd": (-cfg.jsd_weight, jsd.mean()),
+            "posterior_distillation": (learns_t * cfg.distillation_weight * (step >= cfg.held_steps),
+                                       losses.distillation(assignment, logq).mean()),
+            "router_distillation": (learns_t * cfg.distillation_weight, losses.distillation(assignment, logp_z).mean()),
+        }
+        J = sum(weight * value for weight, value in terms.values() if weight)
         J.backward()
-        for o in optimizers:
-            o.step(); o.zero_grad()
-        if (step + 1) % cfg.eval_every == 0:
-            with torch.no_grad():
-                lp = torch.cat([-score_latents(model, c.ids, c.starts)[0].sum(2) for c in (pt.rows(slice(i, i + 128)) for i in range(0, 512, 128))])
-                lq = q(pt)
-                a, C = align(lp.argmax(1), lab, len(task.strategies), K)
-                aq, _ = align(lq.argmax(1), lab, len(task.strategies), K)
-                ll = lp + lq * 0
-                print(f"{cfg.name} s{cfg.seed} {step+1} R {R.item()*c_base:.3f} best {-lp.max(1).values.mean():.3f} mixnll {-(lp.logsumexp(1)-math.log(K)).mean():.3f} align p {a:.3f} q {aq:.3f} Hq {losses.posterior_entropy(lq).mean():.2f} Ht {losses.posterior_entropy(log_t).mean():.2f} {time.time()-t0:.0f}s samp {ts:.0f}s", flush=True)
-    print(C)
+        check_finite(J, [p for o in optimizers for group in o.param_groups for p in group["params"]], step, terms)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        entry = {"step": step + 1, "objective": J.item(), **{name: value.item() for name, (_, value) in terms.items()}}
+        size = sum(abs(weight * value.item()) for weight, value in terms.values())
+        entry |= {f"loss_fraction_{name}": abs(weight * value.item()) / size for name, (weight, value) in terms.items()}
+        entry["normalized_reconstruction"] = entry["reconstruction"] / c_base
+        entry["minutes"] = (time.time() - start) / 60
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            shown = evaluate.controlled(model, task, tokenizer, evaluate.test_inputs(task, 64), seed=step)[0]
+            entry |= shown
+            if bar.disable:
+                print(f"{cfg.name} step {step + 1}/{cfg.steps}: R/c {entry['normalized_reconstruction']:.3f}, KL "
+                      f"{entry['kl']:.3f}, alignment {shown['alignment_one_to_one']:.3f}, coverage "
+                      f"{shown['local_strategy_coverage_mean']:.3f}, {entry['minutes']:.1f} min", flush=True)
+        log.write(json.dumps(entry) + "\n")
+        bar.set_postfix_str(f"R/c {entry['normalized_reconstruction']:.3f} KL {entry['kl']:.3f} alignment "
+                            f"{shown.get('alignment_one_to_one', 0):.3f}")
+    log.close()
+    save(os.path.join(folder, "ckpt.pt"), {
+        "kind": "factorization", "version": 1, "config": dataclasses.asdict(cfg), "base": base_checkpoint,
+        "model_config": vars(model.config), "model": model.state_dict(), "posterior": q.state_dict(),
+        "minutes": (time.time() - start) / 60, "last_log": entry})
+    return folder
+
+
+def get_base(cfg):
+    """The frozen base model, its task and its checkpoint; trains it if the checkpoint is missing."""
+    base_cfg = configs.load(train_base, [cfg.base, f"--threads={cfg.threads}"])
+    path = os.path.join("out", base_cfg.name, "ckpt.pt")
+    if not os.path.exists(path):
+        print(f"{path} is missing: training the base model first (python train_base.py {cfg.base})", flush=True)
+        train_base.train(base_cfg)
+    base, task, checkpoint = load_base(path)
+    for key in ("task", "task_sizes", "strategy_weights", "n_layer", "n_head", "n_embd", "block_size"):
+        if checkpoint["config"][key] != getattr(base_cfg, key):
+            fail(f"'{path}' was trained with {key} = {checkpoint['config'][key]!r}, but {cfg.base} says "
+                 f"{getattr(base_cfg, key)!r}; remove the checkpoint or change the config")
+    return base.requires_grad_(False).eval(), task, checkpoint
+
+
+def check(cfg, K):
+    """Stops with one line, before any training, on values that make no sense together."""
+    if K < 2:
+        fail(f"config key 'n_latents': a factorization needs at least 2 latents, got {K}")
+    if cfg.posterior not in ("linear", "full"):
+        fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
+    for key in ("steps", "batch_size", "pool_size", "chunks", "eval_every", "eval_inputs", "eval_samples", "threads"):
+        if getattr(cfg, key) < 1:
+            fail(f"config key '{key}' must be at least 1, got {getattr(cfg, key)}")
+    if cfg.pool_size % cfg.batch_size:
+        fail(f"config key 'pool_size' ({cfg.pool_size}) must be a multiple of batch_size ({cfg.batch_size})")
+    if cfg.tau <= 0:
+        fail(f"config key 'tau' must be positive, got {cfg.tau}")
 
 
 if __name__ == "__main__":
-    factorize(configs.load(sys.modules["__main__"], sys.argv[1:]))
+    run_folder = factorize(configs.load(sys.modules["__main__"], sys.argv[1:]))
+    evaluate.evaluate(run_folder)

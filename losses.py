@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 def reconstruction(logp_y, logq):
     """R = -sum_z q(z|x,y) log p(y|x,z) [1, eq. 3], exact: (B, K), (B, K) -> (B,). Gradients reach both arguments."""
-    return -(logq.exp() * logp_y).sum(dim=1)
+    return expected(-logp_y, logq)
 
 
 def categorical_kl(logq, logp):
@@ -32,9 +32,15 @@ def token_weights(b):
     return b / b.sum(dim=1, keepdim=True).clamp(min=1e-8)
 
 
-def token_weighted_reconstruction(token_nll, logq, w):
-    """sum_z q(z|x,y) sum_t w_t l_t(z) with l_t(z) = -log p(y_t|x,z,y_<t): (B, K, T), (B, K), (B, T) -> (B,)."""
-    return (logq.exp() * (token_nll * w[:, None]).sum(dim=2)).sum(dim=1)
+def token_weighted_nll(token_nll, w):
+    """sum_t w_t l_t(z), l_t(z) = -log p(y_t|x,z,y_<t): (B, K, T), (B, T) -> (B, K). expected() takes it under q, which
+    is the token-weighted reconstruction."""
+    return (token_nll * w[:, None]).sum(dim=2)
+
+
+def expected(values, logq):
+    """sum_z q(z|x,y) values(z), exact: (B, K), (B, K) -> (B,). Gradients reach both arguments."""
+    return (logq.exp() * values).sum(dim=1)
 
 
 def posterior_entropy(logq):

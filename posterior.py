@@ -55,6 +55,11 @@ class Posterior(nn.Module):
             pooled = (deviation * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
             return (pooled - self.mean) / self.std
 
+    def unfreeze(self):
+        """From here on the backbone trains, too; until then it is the base."""
+        self.adaptation = "full"
+        self.backbone.requires_grad_(True)
+
     @torch.no_grad()
     def fit_statistics(self, pairs, batch=256):
         """Sets the bigram means, then mean and std of the pooled features, to those of `pairs`. Returns the features."""

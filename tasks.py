@@ -50,9 +50,14 @@ class Tokenizer:
                 word = word[match.end():]
         return tokens
 
-    def prompt(self, x):
-        """Ids of the canonical prompt <bos> <x> ... </x> <y>."""
-        return [BOS, X, *self.encode(x), X_END, Y]
+    def prompt(self, x, latent=None):
+        """Ids of the canonical prompt <bos> <x> ... </x> <y>, or of the generator's: <bos> <x> ... </x> <z> z </z> <y>."""
+        section = [] if latent is None else [Z, self.first_latent + latent, Z_END]
+        return [BOS, X, *self.encode(x), X_END, *section, Y]
+
+    def router_prompt(self, x):
+        """Ids of <bos> <x> ... </x> <z>, after which the router names a latent."""
+        return [BOS, X, *self.encode(x), X_END, Z]
 
     def record(self, x, y):
         """Ids of the canonical record <bos> <x> ... </x> <y> ... </y> <eos>."""

@@ -112,11 +112,11 @@ def score_answers(task, xs, ys):
             "final_answer_accuracy": sum(p.answer == task.answer(x) for p, x in zip(parsed, xs)) / len(xs)}
 
 
-def sample_ys(model, tokenizer, prompts, generator, batch=256):
+def sample_ys(model, tokenizer, prompts, generator, temperature=1.0, batch=256):
     """One sampled y (list of tokens, without </y>) for every prompt."""
     ys = []
     for i in range(0, len(prompts), batch):
-        for ids in sample(model, prompts[i:i + batch], generator)[0].tolist():
+        for ids in sample(model, prompts[i:i + batch], generator, temperature)[0].tolist():
             ys.append(tokenizer.decode(ids[:ids.index(Y_END)] if Y_END in ids else [t for t in ids if t != PAD]))
     return ys
 
@@ -125,6 +125,42 @@ def save(path, content):
     """torch.save, atomically: what stood at `path` is replaced only by a complete file."""
     torch.save(content, path + ".tmp")
     os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(path, kind):
+    """Reads a checkpoint of the given kind, or says in one line why it cannot."""
+    if not os.path.exists(path):
+        fail(f"checkpoint '{path}' does not exist")
+    try:
+        checkpoint = torch.load(path, weights_only=True)
+    except Exception as e:  # truncated, not a checkpoint, or holding something other than tensors and plain types
+        fail(f"checkpoint '{path}' cannot be read: {str(e).splitlines()[0]}")
+    if not isinstance(checkpoint, dict) or checkpoint.get("version") != 1 or checkpoint.get("kind") != kind:
+        fail(f"'{path}' is no {kind} checkpoint of this version")
+    return checkpoint
+
+
+def load_base(path):
+    """The base model of a checkpoint, its task, and the checkpoint."""
+    checkpoint = load_checkpoint(path, "base")
+    return *build_base(checkpoint), checkpoint
+
+
+def build_base(checkpoint):
+    """Base checkpoint -> (model, task)."""
+    task = make_task(checkpoint["config"]["task"], checkpoint["config"]["task_sizes"])
+    if list(task.vocab) != checkpoint["vocab"]:
+        fail(f"the base was trained on another vocabulary than that of {task.name}")
+    model = GPT(GPTConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model, task
+
+
+def check_finite(loss, parameters, step, terms):
+    """Stops the run in one line when the loss or a gradient is not finite; what was saved before stays."""
+    if not math.isfinite(loss.item()) or not all(p.grad is None or p.grad.isfinite().all() for p in parameters):
+        bad = [name for name, (_, value) in terms.items() if not math.isfinite(value.item())]
+        fail(f"step {step + 1}: {'term ' + bad[0] if bad else 'a gradient'} is not finite; nothing was saved")
 
 
 def write_json(path, content):
@@ -174,8 +210,7 @@ def train(cfg):
             nll = score_base(model, pad([records[i] for i in rows]), torch.tensor([starts[i] for i in rows])).sum()
             (nll / y_tokens).backward()  # of the mean token loss, whose scale does not depend on the task
             loss += nll.item() / cfg.batch_size  # nats a sequence, to compare with the floor
-        if not math.isfinite(loss):
-            fail(f"the loss is {loss} at step {step + 1}; nothing was saved")
+        check_finite(torch.tensor(loss), model.parameters(), step, {"cross-entropy": (1.0, torch.tensor(loss))})
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

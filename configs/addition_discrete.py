@@ -1,1 +1,2 @@
+# python factorize.py configs/addition_discrete.py
 base = "configs/addition_base.py"

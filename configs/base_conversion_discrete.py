@@ -1,1 +1,2 @@
+# python factorize.py configs/base_conversion_discrete.py
 base = "configs/base_conversion_base.py"

@@ -1,1 +1,2 @@
+# python factorize.py configs/equation_discrete.py
 base = "configs/equation_base.py"

@@ -1,1 +1,2 @@
+# python factorize.py configs/grid_discrete.py
 base = "configs/grid_base.py"

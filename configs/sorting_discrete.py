@@ -1,1 +1,2 @@
+# python factorize.py configs/sorting_discrete.py
 base = "configs/sorting_base.py"

@@ -1,1 +1,2 @@
+# python factorize.py configs/summation_discrete.py
 base = "configs/summation_base.py"
