@@ -29,7 +29,7 @@ def load_run(folder):
     base, task = build_base(checkpoint["base"])
     model = GPT(GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
-    q = Posterior(base, model.config.n_latents, checkpoint["config"]["posterior"])
+    q = Posterior(base, model.config.n_latents)
     q.load_state_dict(checkpoint["posterior"])
     return checkpoint, base, task, Tokenizer(task.vocab, model.config.n_latents), model, q
 
@@ -247,7 +247,7 @@ def typed_input(folder, text):
         x = tokenizer.split(text)
     except ValueError as e:
         fail(f"--x: {e}")
-    problem = task.check(x)
+    problem = task.check(x) or (None if task.is_valid_input(x) else "some of its strategies coincide on it")
     if problem:
         fail(f"--x: '{text}' is no input of {task.name}: {problem}")
     return x

@@ -38,19 +38,19 @@ class Config:
     base: str  # config file of the base model, which is trained first if its checkpoint is missing
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     n_latents: int = 0  # K; 0: as many as the task has strategies
-    steps: int = 300  # gradient steps
+    steps: int = 400  # gradient steps
     batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: int = 512  # pairs sampled at a time; each is used once
     chunks: int = 4  # pieces of a batch, sorted by length, so that little is spent on padding; same gradient
     # stages
     cluster_inputs: int = 384  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
     cluster_responses: int = 12  # responses to each of them
-    held_steps: int = 50  # steps whose labels come from the posterior as it started
+    cluster_restarts: int = 24  # tries at the clusters, of which the one with the least scatter is kept
+    held_steps: int = 200  # steps whose labels come from the posterior as it started
     responsibility_steps: int = 150  # further steps with balanced responsibilities; the remaining ones train the ELBO
     tau: float = 1.0  # temperature of log p(y|x,z) in the responsibilities
-    alpha: float = 1.0  # weight of log q(z|x,y) in them at first; fades to 0
-    posterior: str = "linear"  # "linear": frozen backbone, trained head; "full": both trained
-    unfreeze_step: int = 0  # step at which the backbone of a linear posterior starts to train; 0: never
+    alpha: float = 4.0  # weight of log q(z|x,y), there and in the held labels; fades to 0
+    posterior: str = "thaw"  # "linear": frozen backbone, trained head; "full": both trained; "thaw": full after held_steps
     # objective J = R + beta KL + sum_i weight_i L_i of the ELBO; a term of weight 0 takes no part in it
     normalize_reconstruction: bool = True  # divide R by c_base, the base's validation loss
     beta: float = 0.1  # of KL(q || p)
@@ -62,12 +62,14 @@ class Config:
     distillation_weight: float = 1.0  # of posterior and router towards the responsibilities, before the ELBO
     # optimisation
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
-    lr: float = 0.01  # peak learning rate of Muon's matrices
-    adamw_lr: float = 1e-3  # peak learning rate of AdamW's parameters, the posterior's among them
+    lr: float = 0.005  # peak learning rate of Muon's matrices
+    adamw_lr: float = 3e-3  # peak learning rate of AdamW's parameters
+    posterior_lr: float = 1e-3  # peak learning rate of the posterior, by AdamW
     weight_decay: float = 0.0  # decoupled, as in AdamW
     warmup: int = 20  # steps of linear warm-up; after them the rate falls linearly to 0
     # evaluation, on test inputs
     eval_every: int = 50  # steps between looks at the alignment
+    look_inputs: int = 64  # inputs a look
     eval_inputs: int = 256  # different inputs, as many as the task has
     eval_samples: int = 16  # router samples an input
     seed: int = 0  # of weights, data and clusters
@@ -91,22 +93,22 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
     distinct = pairs.rows(index)
     features = q.fit_statistics(distinct)
     log_t, scatter = cluster_responses(features, index // cfg.cluster_responses, -distinct.b.sum(dim=1), log_prior,
-                                       torch.Generator().manual_seed(cfg.seed))
+                                       torch.Generator().manual_seed(cfg.seed), restarts=cfg.cluster_restarts)
     q.fit_head(features, log_t)
     return scatter
 
 
-def score_batch(model, batch, w, chunks):
-    """Everything the objective needs of the generator, one value per example and latent; w (B, T): token weights.
+def score_batch(model, batch, z, w, chunks):
+    """Everything the objective needs of the generator; z (B, n) latents to score; w (B, T) token weights.
 
-    Returns logp_y (B, K), weighted_nll (B, K), jsd (B,) and router_logits (B, V). Pieces of similar length are scored
+    Returns logp_y (B, n), weighted_nll (B, n), jsd (B,) and router_logits (B, V). Pieces of similar length are scored
     one after the other: a sum over examples does not care.
     """
     order = (batch.ids != PAD).sum(dim=1).argsort().chunk(chunks)
     parts = []
     for rows in order:
         piece = batch.rows(rows)
-        token_nll, logits, router_logits = score_latents(model, piece.ids, piece.starts)
+        token_nll, logits, router_logits = score_latents(model, piece.ids, piece.starts, z[rows])
         weights = w[rows][:, :piece.ids.shape[1]]
         jsd = losses.inter_latent_jsd(F.log_softmax(logits, dim=-1), weights)
         parts.append((-token_nll.sum(dim=2), losses.token_weighted_nll(token_nll, weights), jsd, router_logits))
@@ -124,8 +126,8 @@ def factorize(cfg):
     check(cfg, K)
     tokenizer = Tokenizer(task.vocab, K)
     model = base.with_latents(K)
-    q = Posterior(base, K, cfg.posterior)
-    optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.adamw_lr, weight_decay=0.0)]
+    q = Posterior(base, K, "full" if cfg.posterior == "full" else "linear")
+    optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
     log_prior = torch.full((K,), -math.log(K))
     folder = os.path.join("out", cfg.name)
     os.makedirs(folder, exist_ok=True)
@@ -142,7 +144,7 @@ def factorize(cfg):
     bar = tqdm(range(cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
     for step in bar:
         set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
-        if cfg.unfreeze_step and step == cfg.unfreeze_step:
+        if cfg.posterior == "thaw" and step == cfg.held_steps:
             q.unfreeze()
         # pairs are sampled from the frozen base as they are needed, and never twice
         used = step * cfg.batch_size % cfg.pool_size
@@ -150,19 +152,25 @@ def factorize(cfg):
             pool = draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
         batch = pool.rows(slice(used, used + cfg.batch_size))
 
-        # posterior, generator and router
+        # Posterior, generator and router. While the labels T stand still, one z ~ T an example estimates the
+        # reconstruction without bias and costs a K-th; after that every sum over z is exact.
         logq = q(batch)  # (B, K)
-        logp_y, weighted_nll, jsd, router_logits = score_batch(model, batch, losses.token_weights(batch.b), cfg.chunks)
+        held = step < cfg.held_steps
+        z = torch.arange(K).expand(cfg.batch_size, K)
+        if held:
+            log_t = losses.balanced_responsibilities(cfg.alpha * logq, log_prior)
+            z = torch.multinomial(log_t.exp(), 1, generator=torch.Generator().manual_seed(cfg.seed * 10**6 + step))
+        logp_y, weighted_nll, jsd, router_logits = score_batch(model, batch, z, losses.token_weights(batch.b), cfg.chunks)
         logp_z = F.log_softmax(router_logits[:, -K:], dim=1)  # (B, K)
 
-        # who is responsible for y: the posterior, or, before the ELBO, labels T that no gradient flows through
-        if step < cfg.held_steps:
-            assignment = losses.balanced_responsibilities(logq, log_prior)
+        # who is responsible for y: labels T that no gradient flows through, then the posterior itself
+        if held:
+            assignment = torch.zeros(cfg.batch_size, 1)  # log 1, of the z that was drawn
         elif step < elbo_step:
             alpha = cfg.alpha * (elbo_step - step) / cfg.responsibility_steps
-            assignment = losses.balanced_responsibilities(logp_y / cfg.tau + alpha * logq, log_prior)
+            assignment = log_t = losses.balanced_responsibilities(logp_y / cfg.tau + alpha * logq, log_prior)
         else:
-            assignment = logq
+            assignment = log_t = logq
         learns_t, elbo = float(step < elbo_step), float(step >= elbo_step)
         terms = {  # name: (weight, value in nats); a weight of 0 leaves the term out of the objective, but in the log
             "reconstruction": (1 / c_base if cfg.normalize_reconstruction else 1.0,
@@ -173,9 +181,9 @@ def factorize(cfg):
             "router_support": (cfg.router_support_weight, losses.router_support(router_logits, K).mean()),
             "router_marginal_kl": (cfg.router_marginal_kl_weight, losses.router_marginal_kl(logp_z, log_prior)),
             "jsd": (-cfg.jsd_weight, jsd.mean()),
-            "posterior_distillation": (learns_t * cfg.distillation_weight * (step >= cfg.held_steps),
-                                       losses.distillation(assignment, logq).mean()),
-            "router_distillation": (learns_t * cfg.distillation_weight, losses.distillation(assignment, logp_z).mean()),
+            "posterior_distillation": (learns_t * cfg.distillation_weight * (not held),
+                                       losses.distillation(log_t, logq).mean()),
+            "router_distillation": (learns_t * cfg.distillation_weight, losses.distillation(log_t, logp_z).mean()),
         }
         J = sum(weight * value for weight, value in terms.values() if weight)
         J.backward()
@@ -190,7 +198,7 @@ def factorize(cfg):
         entry["normalized_reconstruction"] = entry["reconstruction"] / c_base
         entry["minutes"] = (time.time() - start) / 60
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            shown = evaluate.controlled(model, task, tokenizer, evaluate.test_inputs(task, 64), seed=step)[0]
+            shown = evaluate.controlled(model, task, tokenizer, evaluate.test_inputs(task, cfg.look_inputs), seed=step)[0]
             entry |= shown
             if bar.disable:
                 print(f"{cfg.name} step {step + 1}/{cfg.steps}: R/c {entry['normalized_reconstruction']:.3f}, KL "
@@ -226,8 +234,8 @@ def check(cfg, K):
     """Stops with one line, before any training, on values that make no sense together."""
     if K < 2:
         fail(f"config key 'n_latents': a factorization needs at least 2 latents, got {K}")
-    if cfg.posterior not in ("linear", "full"):
-        fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
+    if cfg.posterior not in ("linear", "full", "thaw"):
+        fail(f"config key 'posterior' is 'linear', 'full' or 'thaw', got '{cfg.posterior}'")
     for key in ("steps", "batch_size", "pool_size", "chunks", "eval_every", "eval_inputs", "eval_samples", "threads"):
         if getattr(cfg, key) < 1:
             fail(f"config key '{key}' must be at least 1, got {getattr(cfg, key)}")

@@ -23,7 +23,7 @@ from tasks import EOS, PAD, Z, Z_EMPTY, Z_END
 class GPTConfig:
     vocab_size: int
     n_latents: int = 0  # the last n_latents ids of the vocabulary are <z1> ... <zK>
-    block_size: int = 128  # longest sequence, in tokens
+    block_size: int = 128  # longest canonical record, in tokens
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128
@@ -96,8 +96,9 @@ class GPT(nn.Module):
 
     def hidden_states(self, ids, positions=None, mask=None, caches=None):
         """(B, T) ids -> list of L + 1 tensors (B, T, C): the embedding and the stream after every block."""
-        assert ids.shape[1] <= self.config.block_size, f"{ids.shape[1]} tokens exceed block_size {self.config.block_size}"
         positions = self.positions(ids) if positions is None else positions
+        last = int(positions.max())
+        assert last < self.config.block_size, f"{last + 1} positions exceed block_size {self.config.block_size}"
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, hs / 2)
         states = [self.embed(ids)]
         for i, block in enumerate(self.blocks):
@@ -153,19 +154,21 @@ def sample(model, prompts, generator, temperature=1.0):
     prompts: list of B id lists, of different lengths; generator: torch.Generator that all randomness comes from.
     temperature: 0 takes the likeliest token. Returns (tokens, logp), both (B, N) on the model's device: sampled ids,
     <pad> after <eos>, and each one's log-probability under the model at temperature 1 (nats, 0 at <pad>).
-    Prompts are padded on the left, so that all rows write the same cache column; rows that are done leave the batch.
+    Prompts are padded on the left, so that all rows write the same cache column; rows that are done
+    leave the batch, a quarter of it or more at a time.
     """
     device, config = model.embed.weight.device, model.config
     longest = max(map(len, prompts))
-    assert longest < config.block_size, f"prompt of {longest} tokens leaves no room in block_size {config.block_size}"
-    room = config.block_size - longest
     ids = torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts], device=device)
+    positions = model.positions(ids)
+    room = config.block_size - 1 - int(positions.max())  # how many tokens the longest prompt can be continued by
+    assert room > 0, f"prompt of {longest} tokens leaves no room in block_size {config.block_size}"
     tokens = torch.full((len(prompts), room), PAD, device=device)
     logps = torch.zeros(len(prompts), room, device=device)
-    caches = [KVCache(len(prompts), config.block_size, config, model.embed.weight) for _ in model.blocks]
+    caches = [KVCache(len(prompts), longest + room, config, model.embed.weight) for _ in model.blocks]
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the shrinking batch belongs to
+    going = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows that have not sampled <eos> yet
     real = ids != PAD  # (B, columns): the keys that may be attended to
-    positions = model.positions(ids)
     causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
     # a padded query has no key of its own to look at; letting it see itself avoids a softmax over nothing
     mask = (causal & real[:, None]) | torch.eye(longest, dtype=torch.bool, device=device)
@@ -177,14 +180,16 @@ def sample(model, prompts, generator, temperature=1.0):
         else:  # Gumbel-max: argmax of logits plus Gumbel noise is a sample of the softmax
             uniform = torch.rand(logp.shape, generator=generator, device=generator.device).to(device)
             token = (logp / temperature - torch.log(-torch.log(uniform.clamp(min=1e-20)))).argmax(dim=-1)
-        tokens[rows, t], logps[rows, t] = token, logp.gather(1, token[:, None])[:, 0]
-        going = token != EOS
+        tokens[rows[going], t] = token[going]
+        logps[rows[going], t] = logp.gather(1, token[:, None])[going, 0]
+        going = going & (token != EOS)
         if t + 1 == room or not going.any():
             break
-        if not going.all():
+        if going.sum() < 0.75 * len(going):  # dropping rows copies the caches: worth it for many rows at a time
             rows, token, real, positions = rows[going], token[going], real[going], positions[going]
             for cache in caches:
                 cache.keep(going)
+            going = going[going]
         positions = positions[:, -1:] + 1
         real = torch.cat((real, real.new_ones(len(rows), 1)), dim=1)
         hidden = model.hidden_states(token[:, None], positions, real[:, None, None], caches)[-1][:, -1]
@@ -238,26 +243,29 @@ def score_base(model, ids, starts):
 
 
 def insert_latents(ids, starts, latents):
-    """(B, T) canonical records and n latent ids -> (B, n, T + 3): '<z> z </z>' put in front of <y>, for every z."""
+    """(B, T) canonical records and (B, n) latent ids -> (B, n, T + 3): '<z> z </z>' put in front of <y>, for every z."""
     t, cut = torch.arange(ids.shape[1] + 3, device=ids.device), (starts - 1)[:, None]  # cut: where <y> stood
-    out = ids.gather(1, torch.where(t < cut, t, t - 3).clamp(min=0))[:, None].repeat(1, len(latents), 1)
+    out = ids.gather(1, torch.where(t < cut, t, t - 3).clamp(min=0))[:, None].repeat(1, latents.shape[1], 1)
     for offset, token in enumerate((Z, latents, Z_END)):
-        value = torch.as_tensor(token, device=ids.device).expand(len(ids), len(latents))[:, :, None]
-        out.scatter_(2, (cut + offset)[:, None].expand(-1, len(latents), 1), value)
+        value = torch.as_tensor(token, device=ids.device).expand(latents.shape)[:, :, None]
+        out.scatter_(2, (cut + offset)[:, None].expand(-1, latents.shape[1], 1), value)
     return out
 
 
-def score_latents(model, ids, starts):
-    """Scores every record under every latent in one pass: the generator and the router of the factorization.
+def score_latents(model, ids, starts, z=None):
+    """Scores every record under several latents in one pass: the generator and the router of the factorization.
 
-    ids (B, T) canonical records; starts (B,). Returns token_nll (B, K, T): -log p_psi(y_t|x,z,y_<t), 0 outside y;
-    logits (B, K, T, V) behind them; router_logits (B, V): the full next-token logits at <z>.
+    ids (B, T) canonical records; starts (B,); z (B, n) latents from 0 to K - 1, by default all K of them. Returns
+    token_nll (B, n, T): -log p_psi(y_t|x,z,y_<t), 0 outside y; logits (B, n, T, V) behind them; router_logits (B, V):
+    the full next-token logits at <z>.
     """
     B, T = ids.shape
     K, V = model.config.n_latents, model.config.vocab_size
-    rows = insert_latents(ids, starts, torch.arange(V - K, V, device=ids.device)).view(B * K, T + 3)
-    logits = model(rows)
-    router_logits = logits.view(B, K, T + 3, V)[torch.arange(B), 0, starts - 1]  # the same for every z, by causality
+    z = torch.arange(K, device=ids.device).expand(B, K) if z is None else z
+    n = z.shape[1]
+    logits = model(insert_latents(ids, starts, V - K + z).view(B * n, T + 3))
+    # the same for every z, by causality
+    router_logits = logits.view(B, n, T + 3, V)[torch.arange(B, device=ids.device), 0, starts - 1]
     logits = logits[:, 2:-1]  # entry t now scores ids[:, t], which stands at t + 3
-    nll = y_nll(logits, ids.repeat_interleave(K, dim=0), starts.repeat_interleave(K))
-    return nll.view(B, K, T), logits.view(B, K, T, V), router_logits
+    nll = y_nll(logits, ids.repeat_interleave(n, dim=0), starts.repeat_interleave(n))
+    return nll.view(B, n, T), logits.view(B, n, T, V), router_logits

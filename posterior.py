@@ -1,6 +1,6 @@
 """The posterior q_xi(z|x,y), and where it starts: clusters of the base's own responses.
 
-    python factorize.py configs/sorting_discrete.py --posterior_adaptation=full      # "linear" freezes the backbone
+    python factorize.py configs/sorting_discrete.py --posterior=linear      # "thaw" trains the backbone, too, in the end
 
 Likelihood cannot tell a latent that means one strategy for every x from one that means strategy A on half of the inputs
 and B on the other half. What can is a posterior too simple to say "A here, B there": one linear map of what a frozen
@@ -118,7 +118,7 @@ def cluster_responses(features, x_index, log_p, log_prior, generator, dims=24, r
         for i in range(iterations):
             temperature = 4.0 * 0.05 ** (i / (iterations - 1))
             log_t = balanced_responsibilities(-torch.cdist(u, centroids).square() / temperature, log_prior, x_index,
-                                              weight.log())
+                                              weight.log(), iterations=15)
             t = log_t.exp() * weight[:, None]
             centroids = (t.T @ u) / t.sum(dim=0)[:, None]
         scatter = ((t * torch.cdist(u, centroids).square()).sum() / total).item()

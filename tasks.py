@@ -325,7 +325,7 @@ def linear_equation_solving(max_factor=9, max_root=12, max_offset=30):
 
     def check(x):
         numbers = read_numbers(x, ["x+", "="])
-        if not numbers or len(numbers) != 3 or "x" not in x or "+" not in x or "=" not in x:
+        if not numbers or len(numbers) != 3 or not re.fullmatch(r"\d+x\+\d+=\d+", "".join(x)):
             return "expected 'a x + b = c'"
         a, b, c = numbers
         if not (2 <= a <= max_factor and 1 <= b <= max_offset and (c - b) % a == 0 and 1 <= (c - b) // a <= max_root):

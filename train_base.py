@@ -33,12 +33,12 @@ class Config:
     n_layer: int = 3  # transformer blocks
     n_head: int = 4  # attention heads
     n_embd: int = 128  # width
-    block_size: int = 128  # longest sequence, in tokens
+    block_size: int = 128  # longest record, in tokens
     steps: int = 1500  # gradient steps
     batch_size: int = 128  # records a step
     chunks: int = 4  # pieces of a batch, sorted by length, so that little is spent on padding; same gradient
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
-    lr: float = 0.02  # peak learning rate of Muon's matrices
+    lr: float = 0.01  # peak learning rate of Muon's matrices
     adamw_lr: float = 3e-3  # peak learning rate of AdamW's parameters
     weight_decay: float = 0.01  # decoupled, as in AdamW
     warmup: int = 50  # steps of linear warm-up; after them the rate falls linearly to 0
@@ -202,6 +202,8 @@ def train(cfg):
         # data are a function of (seed, step) alone
         records, starts = record_batch(task, tokenizer, weights, random.Random(f"base {cfg.seed} {step}"),
                                        cfg.batch_size, test=False)
+        if max(map(len, records)) > cfg.block_size:
+            fail(f"config key 'block_size': a record of {max(map(len, records))} tokens does not fit in {cfg.block_size}")
         order = sorted(range(len(records)), key=lambda i: len(records[i]))
         y_tokens = sum(map(len, records)) - sum(starts)
         loss = 0.0

@@ -2,3 +2,4 @@
 task = "base_conversion"
 steps = 3000
 batch_size = 64
+lr = 0.02

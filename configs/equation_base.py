@@ -1,2 +1,3 @@
 # python train_base.py configs/equation_base.py
 task = "linear_equation_solving"
+lr = 0.02

@@ -1,3 +1,4 @@
 # python train_base.py configs/grid_base.py
 task = "grid_pathfinding"
 steps = 600
+lr = 0.02

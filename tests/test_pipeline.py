@@ -1,0 +1,231 @@
+"""The real loops, in process, on configs/tiny_*.py; and the same programs as a user starts them."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import configs
+import evaluate
+import factorize
+import train_base
+from conftest import ROOT
+
+SHORT = ["configs/tiny_discrete.py", "--steps=6", "--held_steps=2", "--responsibility_steps=2", "--eval_every=3",
+         "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=1", "--pool_size=64", "--eval_inputs=8", "--eval_samples=2",
+         "--look_inputs=4", "--chunks=1"]
+
+
+def run(name, *flags):
+    """Factorizes in process; returns (log entries without the clock, weights of the generator)."""
+    folder = factorize.factorize(configs.load(factorize, [*SHORT, f"--name={name}", *flags]))
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        log = [json.loads(line) for line in f]
+    for entry in log:
+        entry.pop("minutes")
+    return log, torch.load(os.path.join(folder, "ckpt.pt"), weights_only=True)["model"]
+
+
+def same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def program(*argv, cwd):
+    """Runs a script as a user would; returns (exit code, output, lines on stderr)."""
+    done = subprocess.run([sys.executable, os.path.join(ROOT, argv[0]), *argv[1:]], cwd=cwd, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr.strip().splitlines()
+
+
+@pytest.fixture(scope="module")
+def reference(workplace):
+    return run("reference")
+
+
+def test_the_base_learns_and_its_checkpoint_holds_c_base(workplace):
+    """The held-out NLL falls, stays above the entropy of the mixture, log S, and is stored as c_base."""
+    with open("out/tiny_base/log.jsonl") as f:
+        first, *_, last = [json.loads(line) for line in f]
+    assert first["nll"] > last["nll"] > math.log(3) - 0.05
+    assert torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"] == last["nll"]
+
+
+def test_the_same_seed_gives_the_same_log_and_weights(reference):
+    log, weights = run("again")
+    assert log == reference[0] and same(weights, reference[1])
+
+
+def test_another_seed_gives_another_log(reference):
+    assert run("other", "--seed=1")[0] != reference[0]
+
+
+def test_no_label_reaches_training(reference, monkeypatch):
+    """Renaming and permuting the strategies changes what alignment is called, and not one weight."""
+    import tasks
+    grid = tasks.TASK_FUNCTIONS["grid_pathfinding"]
+
+    def relabelled(**sizes):
+        task = grid(**sizes)
+        names = list(task.steps)
+        return tasks.Task(task.name, task.vocab, task.draw, task.check, task.solve,
+                          {f"s{i}": task.steps[names[(i + 1) % 3]] for i in range(3)})
+
+    monkeypatch.setitem(tasks.TASK_FUNCTIONS, "grid_pathfinding", relabelled)
+    assert same(run("relabelled")[1], reference[1])
+
+
+def test_a_loss_at_weight_zero_equals_the_run_without_it(reference):
+    """Explicit zeros for every auxiliary weight that is 0 by default; and a loss at another weight does change the run."""
+    zero = [f"--{name}_weight=0" for name in ("token_weighted", "posterior_entropy", "router_marginal_kl", "jsd")]
+    assert same(run("zeros", *zero)[1], reference[1])
+
+
+@pytest.mark.parametrize("term", ["token_weighted", "posterior_entropy", "router_support", "router_marginal_kl", "jsd"])
+def test_every_loss_can_be_switched_on_and_takes_its_share(reference, term):
+    log, weights = run(term, f"--{term}_weight=0.7", "--cluster_inputs=0", "--held_steps=0", "--responsibility_steps=0")
+    assert all(entry[f"loss_fraction_{term}"] > 0 for entry in log)
+    fractions = [value for key, value in log[-1].items() if key.startswith("loss_fraction_")]
+    assert sum(fractions) == pytest.approx(1)
+    assert not same(weights, reference[1])
+
+
+def test_the_plain_elbo_is_reconstruction_plus_beta_kl(workplace):
+    """J = R / c_base + beta KL, from the logged raw terms."""
+    log, _ = run("elbo", "--responsibility_steps=0", "--held_steps=0", "--cluster_inputs=0", "--router_support_weight=0",
+                 "--beta=0.3")
+    c_base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"]
+    for entry in log:
+        assert entry["objective"] == pytest.approx(entry["reconstruction"] / c_base + 0.3 * entry["kl"], rel=1e-5)
+
+
+def test_looking_at_the_alignment_changes_no_weight(reference):
+    assert same(run("blind", "--eval_every=6")[1], reference[1])
+
+
+def test_the_posterior_can_be_full_or_stay_linear(reference):
+    assert not same(run("full", "--posterior=full")[1], reference[1])
+    assert not same(run("linear", "--posterior=linear")[1], reference[1])
+
+
+def test_adamw_alone_trains_too(reference):
+    assert not same(run("adamw", "--optimizer=adamw")[1], reference[1])
+
+
+def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
+    """evaluate.py needs nothing but the folder, writes all it promises, and repeats itself."""
+    os.rename("out/reference", "out/moved")
+    try:
+        metrics = evaluate.evaluate("out/moved")
+        assert metrics == evaluate.evaluate("out/moved")
+        for name in ("metrics.json", "result.json", "matching.png", "training.png", "shares.png"):
+            assert os.path.getsize(f"out/moved/{name}") > 0
+        with open("out/moved/result.json") as f:
+            assert set(json.load(f)) == {"config", "seed", "commit", "versions", "metrics"}
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert metrics["nll"] > 0 and 0 <= metrics["alignment_one_to_one"] <= metrics["local_strategy_coverage_mean"] <= 1
+    finally:
+        os.rename("out/moved", "out/reference")
+
+
+def test_matching_equals_brute_force_over_permutations():
+    """max over one-to-one matchings of sum_z C[z, pi(z)], also for more or fewer latents than strategies."""
+    import itertools
+    generator = torch.Generator().manual_seed(0)
+    for K, S in ((3, 3), (5, 5), (2, 4), (6, 3), (1, 1)):
+        for _ in range(20):
+            C = torch.rand(K, S, generator=generator)
+            small, large = min(K, S), max(K, S)
+            wide = C if K <= S else C.T
+            brute = max(sum(wide[i, p] for i, p in enumerate(perm)) for perm in itertools.permutations(range(large), small))
+            score, matching = evaluate.one_to_one_matching(C)
+            used = [s for s in matching if s is not None]
+            assert len(matching) == K and len(set(used)) == len(used) == small
+            assert score == pytest.approx(brute.item())
+            assert score == pytest.approx(sum(C[k, s].item() for k, s in enumerate(matching) if s is not None))
+
+
+def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
+    """Two latents that trade strategies on half of the inputs: coverage 1, alignment 0.5, gap 0.5."""
+    import tasks
+    from model import GPT, GPTConfig
+    task = tasks.TASKS["linear_equation_solving"]
+    tokenizer = tasks.Tokenizer(task.vocab, 2)
+    xs = evaluate.test_inputs(task, 20)
+    ys = [task.trace(x, task.strategies[(k + i) % 2]) for i, x in enumerate(xs) for k in range(2)]
+    monkeypatch.setattr(evaluate, "sample_ys", lambda *args, **kwargs: ys)
+    metrics, _ = evaluate.controlled(GPT(GPTConfig(len(tokenizer), 2)), task, tokenizer, xs, 0)
+    assert metrics["local_strategy_coverage_mean"] == 1 and metrics["controlled_final_answer_accuracy"] == 1
+    assert metrics["alignment_one_to_one"] == pytest.approx(1 / 3)  # 2 latents, 3 strategies, each right on half: 1 / max(K, S)
+    assert metrics["permutation_gap"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["factorize.py", "configs/tiny_discrete.py", "--beat=0.1"], "did you mean 'beta'?"),
+    (["factorize.py", "configs/missing.py"], "does not exist"),
+    (["factorize.py", "configs/tiny_discrete.py", "--steps=many"], "'steps' takes int"),
+    (["factorize.py", "configs/tiny_discrete.py", "steps=3"], "expected --key=value"),
+    (["factorize.py", "configs/tiny_discrete.py", "--n_latents=1"], "at least 2 latents"),
+    (["factorize.py", "configs/tiny_discrete.py", "--batch_size=0"], "'batch_size' must be at least 1"),
+    (["factorize.py", "configs/tiny_discrete.py", "--posterior=half"], "'linear', 'full' or 'thaw'"),
+    (["train_base.py", "configs/tiny_base.py", "--task=sort"], "unknown task 'sort'"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights=[1.0]"], "takes 3 weights"),
+    (["train_base.py", "configs/tiny_base.py", "--task_sizes={'sides': 3}"], "task_sizes"),
+    (["train_base.py", "configs/tiny_base.py", "--block_size=16"], "block_size"),
+    (["evaluate.py", "out/nothing"], "does not exist"),
+    (["evaluate.py", "out/tiny_base"], "is no factorization checkpoint"),
+    (["evaluate.py", "out/reference", "--shw=2"], "unknown or incomplete flag"),
+    (["evaluate.py", "out/reference", "--x=1 2 to"], "expected 'row column to row column'"),
+    (["evaluate.py", "out/reference", "--x=1 2 hop 3 4"], "not in the task's vocabulary"),
+])
+def test_a_mistake_of_the_user_is_one_line_and_a_non_zero_exit(reference, workplace, argv, words):
+    code, _, errors = program(*argv, cwd=workplace)
+    assert code != 0 and len(errors) == 1 and words in errors[0], errors
+
+
+def test_a_truncated_or_foreign_checkpoint_is_one_line(workplace, tmp_path):
+    os.makedirs(tmp_path / "run")
+    content = open("out/tiny_base/ckpt.pt", "rb").read()
+    for bad in (content[:len(content) // 2], b"", b"not a checkpoint"):
+        (tmp_path / "run" / "ckpt.pt").write_bytes(bad)
+        code, _, errors = program("evaluate.py", str(tmp_path / "run"), cwd=workplace)
+        assert code == 1 and len(errors) == 1 and "cannot be read" in errors[0], errors
+
+
+def test_a_config_file_error_names_the_file(workplace, tmp_path):
+    (tmp_path / "broken.py").write_text("base = \n")
+    code, _, errors = program("factorize.py", str(tmp_path / "broken.py"), cwd=workplace)
+    assert code == 1 and len(errors) == 1 and "broken.py" in errors[0]
+    (tmp_path / "typo.py").write_text("base = 'configs/tiny_base.py'\nstep = 3\n")
+    code, _, errors = program("factorize.py", str(tmp_path / "typo.py"), cwd=workplace)
+    assert code == 1 and "did you mean 'steps'?" in errors[0]
+
+
+def test_an_int_widens_to_float_and_nothing_else_changes_type(workplace):
+    assert configs.load(factorize, ["configs/tiny_discrete.py", "--beta=1"]).beta == 1.0
+    with pytest.raises(SystemExit):
+        configs.load(factorize, ["configs/tiny_discrete.py", "--steps=1.5"])
+
+
+def test_a_non_finite_loss_names_its_term_and_saves_nothing(workplace, monkeypatch):
+    """An infinite KL stops the run at its step; the checkpoint of an earlier run of that name survives, byte for byte."""
+    import losses
+    folder = factorize.factorize(configs.load(factorize, [*SHORT, "--name=survivor"]))
+    before = open(os.path.join(folder, "ckpt.pt"), "rb").read()
+    monkeypatch.setattr(losses, "categorical_kl", lambda logq, logp: logq.sum(dim=1) * math.nan)
+    with pytest.raises(SystemExit, match="step 5: term kl is not finite"):
+        run("survivor")
+    assert open(os.path.join(folder, "ckpt.pt"), "rb").read() == before
+
+
+def test_show_prints_every_latent_side_by_side(reference, workplace):
+    code, out, errors = program("evaluate.py", "out/reference", "--show=2", cwd=workplace)
+    assert code == 0 and not errors and out.count("<z1>") == out.count("<z3>") == out.count("x = ") == 2
+    code, out, errors = program("evaluate.py", "out/reference", "--x=1 2 to 3 4", cwd=workplace)
+    assert code == 0 and "x = 1 2 to 3 4" in out
+
+
+def test_help_lists_every_config_key():
+    code, out, _ = program("factorize.py", "--help", cwd=ROOT)
+    assert code == 0 and all(key in out for key in ("responsibility_steps", "beta", "python factorize.py configs/"))

@@ -1,0 +1,60 @@
+"""What the README says is so: its file map, its commands and its tables."""
+import os
+import re
+import subprocess
+
+import configs
+import factorize
+import train_base
+from conftest import ROOT
+from tables import filled
+
+with open(os.path.join(ROOT, "README.md")) as f:
+    README = f.read()
+
+
+def test_the_tables_are_those_of_the_result_files():
+    assert filled(README) == README, "run python tests/tables.py"
+
+
+def test_the_file_map_names_every_file_at_the_top_and_no_other():
+    block = README.split("## Files")[1].split("```")[1]
+    named = {line.split()[0].rstrip("/") for line in block.strip().splitlines()}
+    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                             capture_output=True, text=True).stdout.split()
+    there = {path.split("/")[0] for path in tracked}
+    assert named == {name for name in there if not name.startswith(".")} - {"README.md", "LICENSE"}
+
+
+def test_every_command_names_files_and_keys_that_exist():
+    """Every `python ...` line: its config loads with its flags; its scripts exist."""
+    commands = re.findall(r"python (train_base|factorize)\.py (configs/\S+\.py)((?: --\w+=\S+)*)", README)
+    assert commands
+    for script, path, flags in commands:
+        module = {"train_base": train_base, "factorize": factorize}[script]
+        configs.load(module, [os.path.join(ROOT, path), *flags.split()])
+
+
+def test_every_config_loads_and_opens_with_its_command():
+    for name in sorted(os.listdir(os.path.join(ROOT, "configs"))):
+        if name.endswith(".py") and name != "__init__.py":
+            path = os.path.join(ROOT, "configs", name)
+            script = train_base if name.endswith("_base.py") else factorize
+            configs.load(script, [path])
+            with open(path) as f:
+                assert f.readline().strip() == f"# python {script.__name__}.py configs/{name}"
+
+
+def test_every_logged_number_is_explained(workplace):
+    """Each key of log.jsonl and metrics.json has a row, or is covered by a row with a <placeholder>, in the README."""
+    import json
+    import evaluate
+    folder = factorize.factorize(configs.load(factorize, [
+        "configs/tiny_discrete.py", "--name=logged", "--steps=2", "--held_steps=1", "--responsibility_steps=1",
+        "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=1", "--pool_size=64", "--eval_inputs=4", "--eval_samples=2"]))
+    metrics = evaluate.evaluate(folder)
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        keys = set(metrics) | {key for line in f for key in json.loads(line)}
+    explained = re.findall(r"`(\w+|loss_fraction_<term>)`", README.split("## What the numbers mean")[1].split("\n## ")[0])
+    assert {k for k in keys if not k.startswith("loss_fraction_")} <= set(explained)
+    assert "loss_fraction_<term>" in explained
