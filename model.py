@@ -87,12 +87,15 @@ class GPT(nn.Module):
             residual = name.endswith(("proj.weight", "down.weight"))
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
+    def takes_position(self, ids):
+        """False for padding and for the latent section '<z> z </z>', which repeat the position before them, so that y
+        sits where the base model learned to read it."""
+        latent = (ids == Z) | (ids == Z_END) | (ids == Z_EMPTY) | (ids >= self.config.vocab_size - self.config.n_latents)
+        return ~(latent | (ids == PAD))
+
     def positions(self, ids):
-        """(B, T) ids -> (B, T) positions. Padding and the latent section '<z> z </z>' take no position of their own:
-        they repeat the one before, so y sits where the base model learned to read it."""
-        outside = (ids == PAD) | (ids == Z) | (ids == Z_END) | (ids == Z_EMPTY)
-        outside |= ids >= self.config.vocab_size - self.config.n_latents
-        return ((~outside).cumsum(dim=1) - 1).clamp(min=0)
+        """(B, T) ids -> (B, T) positions, from 0."""
+        return (self.takes_position(ids).cumsum(dim=1) - 1).clamp(min=0)
 
     def hidden_states(self, ids, positions=None, mask=None, caches=None):
         """(B, T) ids -> list of L + 1 tensors (B, T, C): the embedding and the stream after every block."""
@@ -114,10 +117,10 @@ class GPT(nn.Module):
         return self.logits(self.hidden_states(ids, **kwargs)[-1])
 
     def with_latents(self, n_latents):
-        """A copy of this model whose vocabulary ends in n_latents new tokens and which starts at the base's distribution.
+        """A copy of this model whose vocabulary ends in n_latents new tokens and which starts near the base's distribution.
 
-        The embeddings of the latent section start at (almost) zero: RMSNorm leaves a zero vector zero, so its keys attract
-        no attention and its values add nothing. A trace of noise tells the latents apart. In the output, the new tokens
+        The embeddings of the latent section start at (almost) zero: RMSNorm leaves a zero vector zero, so its keys score
+        0 and its values add nothing; what attention they take from other keys is all they do. A trace of noise tells the latents apart. In the output, the new tokens
         are as unlikely as <z_empty>, which the base never saw.
         """
         config = GPTConfig(**{**vars(self.config), "vocab_size": self.config.vocab_size + n_latents, "n_latents": n_latents})
@@ -190,7 +193,7 @@ def sample(model, prompts, generator, temperature=1.0):
             for cache in caches:
                 cache.keep(going)
             going = going[going]
-        positions = positions[:, -1:] + 1
+        positions = positions[:, -1:] + model.takes_position(token[:, None])
         real = torch.cat((real, real.new_ones(len(rows), 1)), dim=1)
         hidden = model.hidden_states(token[:, None], positions, real[:, None, None], caches)[-1][:, -1]
     return tokens[:, :t + 1], logps[:, :t + 1]

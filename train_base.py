@@ -134,7 +134,7 @@ def load_checkpoint(path, kind):
     try:
         checkpoint = torch.load(path, weights_only=True)
     except Exception as e:  # truncated, not a checkpoint, or holding something other than tensors and plain types
-        fail(f"checkpoint '{path}' cannot be read: {str(e).splitlines()[0]}")
+        fail(f"checkpoint '{path}' cannot be read ({type(e).__name__}): truncated, or no checkpoint")
     if not isinstance(checkpoint, dict) or checkpoint.get("version") != 1 or checkpoint.get("kind") != kind:
         fail(f"'{path}' is no {kind} checkpoint of this version")
     return checkpoint

@@ -1,0 +1,161 @@
+"""Every term of the objective against a slow reference, with its sign, its range and its stop-gradients."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Categorical, kl_divergence
+
+import losses
+
+B, K, T, V = 6, 4, 5, 7
+
+
+@pytest.fixture
+def random():
+    """A function that draws log-probabilities of the given shape, normalised over the last axis, with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: F.log_softmax(2 * torch.randn(shape, generator=generator), dim=-1).requires_grad_()
+
+
+def leaf(values):
+    return values.detach().clone().requires_grad_()
+
+
+def test_reconstruction_is_the_expected_negative_log_likelihood(random):
+    """R_i = -sum_k q_ik log p_ik, by loops; both the generator and the posterior get a gradient."""
+    logp_y, logq = leaf(10 * random(B, K)), random(B, K)
+    slow = [-sum(math.exp(logq[i, k]) * logp_y[i, k].item() for k in range(K)) for i in range(B)]
+    assert losses.reconstruction(logp_y, logq).tolist() == pytest.approx(slow, rel=1e-5)
+    losses.reconstruction(logp_y, logq).sum().backward()
+    assert torch.allclose(logp_y.grad, -logq.exp()) and logq.grad.abs().sum() > 0
+
+
+def test_exact_reconstruction_agrees_with_sampling_and_a_broken_sampler_does_not(random):
+    """The mean of -log p(y|x,z), z ~ q, lies within 5 standard errors of R; with z ~ uniform it lies outside."""
+    logp_y, logq = 10 * random(1, K).detach(), random(1, K).detach()
+    exact = losses.reconstruction(logp_y, logq).item()
+    generator = torch.Generator().manual_seed(1)
+    for probabilities, agrees in ((logq.exp()[0], True), (torch.full((K,), 1 / K), False)):
+        z = torch.multinomial(probabilities, 20000, replacement=True, generator=generator)
+        values = -logp_y[0, z]
+        error = 5 * values.std().item() / math.sqrt(len(values))
+        assert (abs(values.mean().item() - exact) < error) == agrees
+
+
+def test_kl_equals_torch_distributions_and_takes_q_first(random):
+    logq, logp = random(B, K), random(B, K)
+    assert torch.allclose(losses.categorical_kl(logq, logp), kl_divergence(Categorical(logits=logq), Categorical(logits=logp)))
+    assert not torch.allclose(losses.categorical_kl(logq, logp), losses.categorical_kl(logp, logq))
+    assert losses.categorical_kl(logq, logq).abs().max() < 1e-6
+    losses.categorical_kl(logq, logp).sum().backward()
+    assert logq.grad.abs().sum() > 0 and logp.grad.abs().sum() > 0
+
+
+def test_the_elbo_is_a_bound_that_is_tight_at_the_true_posterior(random):
+    """-(R + KL) <= log sum_z p(z|x) p(y|x,z), with equality for q = p(z|x,y)."""
+    logp_y, logp_z, logq = 10 * random(B, K), random(B, K), random(B, K)
+    evidence = (logp_y + logp_z).logsumexp(dim=1)
+
+    def elbo(logq):
+        return -(losses.reconstruction(logp_y, logq) + losses.categorical_kl(logq, logp_z))
+
+    assert (elbo(logq) <= evidence + 1e-5).all() and (elbo(logq) < evidence - 1e-3).any()
+    assert torch.allclose(elbo(F.log_softmax(logp_y + logp_z, dim=1)), evidence, atol=1e-4)
+
+
+def test_token_weights_follow_the_surprise_and_carry_no_gradient():
+    b = torch.tensor([[0.0, 2.0, 0.5, 0.0], [0.0, 0.1, 0.1, 0.2]], requires_grad=True)
+    w = losses.token_weights(b)
+    assert torch.allclose(w, torch.tensor([[0, 0.8, 0.2, 0], [0, 0.25, 0.25, 0.5]])) and not w.requires_grad
+    assert losses.token_weights(torch.zeros(1, 3)).isfinite().all()
+
+
+def test_token_weighted_reconstruction_is_the_double_sum(random):
+    """sum_k q_k sum_t w_t l_t(k), by loops; w = 1 gives back R."""
+    nll, logq = leaf(-random(B, K, T)), random(B, K)
+    w = losses.token_weights(torch.rand(B, T, generator=torch.Generator().manual_seed(2)))
+    slow = [sum(math.exp(logq[i, k]) * sum(w[i, t].item() * nll[i, k, t].item() for t in range(T)) for k in range(K))
+            for i in range(B)]
+    assert losses.expected(losses.token_weighted_nll(nll, w), logq).tolist() == pytest.approx(slow, rel=1e-5)
+    ones = losses.expected(losses.token_weighted_nll(nll, torch.ones(B, T)), logq)
+    assert torch.allclose(ones, losses.reconstruction(-nll.sum(dim=2), logq))
+
+
+def test_posterior_entropy_lies_between_zero_and_log_k(random):
+    logq = random(B, K)
+    assert torch.allclose(losses.posterior_entropy(logq), Categorical(logits=logq).entropy())
+    assert losses.posterior_entropy(torch.full((1, K), -math.log(K))).item() == pytest.approx(math.log(K))
+    step = leaf(logq)
+    losses.posterior_entropy(F.log_softmax(step, dim=1)).sum().backward()  # going down the gradient commits
+    assert (losses.posterior_entropy(F.log_softmax(step - 0.1 * step.grad, dim=1)) <= losses.posterior_entropy(logq)).all()
+
+
+def test_router_support_is_minus_the_log_mass_on_the_latents():
+    logits = torch.randn(B, V, generator=torch.Generator().manual_seed(3))
+    slow = -logits.softmax(dim=1)[:, -3:].sum(dim=1).log()
+    assert torch.allclose(losses.router_support(logits, 3), slow) and (slow > 0).all()
+    assert losses.router_support(logits + torch.tensor([0.0] * 4 + [50.0] * 3), 3).abs().max() < 1e-5
+
+
+def test_router_marginal_kl_asks_for_balance_over_the_batch_and_not_within_it():
+    """Peaked routers that take turns cost nothing; the same peak for every x costs log K; a prior moves the target."""
+    uniform = torch.full((K,), -math.log(K))
+    peaked = F.log_softmax(50 * torch.eye(K), dim=1)
+    assert losses.router_marginal_kl(peaked, uniform).abs() < 1e-5
+    assert losses.router_marginal_kl(peaked[:1].expand(K, K), uniform).item() == pytest.approx(math.log(K), rel=1e-4)
+    prior = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    logp_z = torch.randn(B, K, generator=torch.Generator().manual_seed(4)).log_softmax(dim=1)
+    slow = kl_divergence(Categorical(logp_z.exp().mean(dim=0)), Categorical(prior))
+    assert losses.router_marginal_kl(logp_z, prior.log()).item() == pytest.approx(slow.item(), rel=1e-4)
+
+
+def test_jsd_is_zero_for_equal_and_log_k_for_disjoint_latents(random):
+    """JSD_t = H(mixture) - mean H, by loops, weighted by w_t."""
+    logp, w = random(B, K, T, V), losses.token_weights(torch.rand(B, T, generator=torch.Generator().manual_seed(5)))
+    p = logp.detach().exp()
+    slow = [sum(w[i, t].item() * (Categorical(p[i, :, t].mean(dim=0)).entropy()
+                                  - Categorical(p[i, :, t]).entropy().mean()).item() for t in range(T)) for i in range(B)]
+    assert losses.inter_latent_jsd(logp, w).tolist() == pytest.approx(slow, rel=1e-4)
+    assert losses.inter_latent_jsd(logp[:, :1].expand(B, K, T, V), w).abs().max() < 1e-6
+    disjoint = F.log_softmax(80 * torch.eye(K)[:, None].expand(K, T, K), dim=-1)[None]
+    assert losses.inter_latent_jsd(disjoint, w[:1]).item() == pytest.approx(math.log(K), rel=1e-4)
+
+
+@pytest.mark.parametrize("prior", [[0.25] * 4, [0.6, 0.2, 0.1, 0.1]])
+def test_responsibilities_have_the_prior_as_column_means_and_rows_that_sum_to_one(prior):
+    scores = (3 * torch.randn(40, 4, generator=torch.Generator().manual_seed(6))).requires_grad_()
+    t = losses.balanced_responsibilities(scores, torch.tensor(prior).log(), iterations=300)
+    assert not t.requires_grad
+    assert torch.allclose(t.exp().sum(dim=1), torch.ones(40)) and torch.allclose(t.exp().mean(dim=0), torch.tensor(prior), atol=1e-3)
+
+
+def test_responsibilities_of_groups_are_those_of_each_group_alone():
+    generator = torch.Generator().manual_seed(7)
+    scores, group = torch.randn(30, K, generator=generator), torch.arange(30) % 3
+    prior = torch.full((K,), -math.log(K))
+    together = losses.balanced_responsibilities(scores, prior, group, torch.full((30,), -math.log(10)))
+    for g in range(3):
+        assert torch.allclose(together[group == g], losses.balanced_responsibilities(scores[group == g], prior), atol=1e-5)
+    assert not torch.allclose(together, losses.balanced_responsibilities(scores, prior), atol=1e-2)
+
+
+def test_responsibilities_are_scaled_rows_and_columns_of_the_scores():
+    """Sinkhorn's solution is T_ik = exp(score_ik) u_i v_k: scores minus log T have rank one structure, so every 2 x 2
+    minor of exp(scores) / T is 0. Balanced scores come back unchanged, and scores of 500 stay finite."""
+    scores = torch.randn(10, K, generator=torch.Generator().manual_seed(8))
+    prior = torch.full((K,), -math.log(K))
+    rest = scores - losses.balanced_responsibilities(scores, prior)
+    assert torch.allclose(rest - rest[:1], (rest - rest[:1])[:, :1].expand_as(rest), atol=1e-4)
+    balanced = torch.eye(K).mul(3).log_softmax(dim=1)
+    assert torch.allclose(losses.balanced_responsibilities(balanced, prior), balanced, atol=1e-5)
+    assert losses.balanced_responsibilities(500 * scores, prior).isfinite().all()
+
+
+def test_distillation_moves_the_student_and_not_the_labels(random):
+    """-sum T log q is H(T) at q = T and more elsewhere."""
+    target, logq = random(B, K), random(B, K)
+    losses.distillation(target, logq).sum().backward()
+    assert target.grad is None and torch.allclose(logq.grad, -target.exp())
+    assert torch.allclose(losses.distillation(target, target), Categorical(logits=target).entropy())
+    assert (losses.distillation(target, logq) > losses.distillation(target, target)).all()

@@ -1,0 +1,211 @@
+"""The GPT against loops, cached sampling against uncached scoring, the latent section, and the posterior."""
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import EPS, GPT, GPTConfig, insert_latents, pad, sample, sample_pairs, score_base, score_latents
+from posterior import Posterior, cluster_responses
+from tasks import BOS, EOS, PAD, X, X_END, Y, Y_END, Z, Z_END, Tokenizer
+from train_base import load_base, record_batch
+
+VOCAB = 20
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(VOCAB, 0, block_size=24, n_layer=2, n_head=2, n_embd=16))
+    for p in model.parameters():
+        p.data.mul_(12)  # far from uniform, so that mistakes show
+    return model.requires_grad_(False)
+
+
+def prompts(n, seed=0):
+    rng = random.Random(seed)
+    return [[BOS, X, *(rng.randrange(10, VOCAB) for _ in range(rng.randint(1, 6))), X_END, Y] for _ in range(n)]
+
+
+def slow_logits(model, ids):
+    """One sequence, position by position, head by head: the transformer as its definition has it."""
+    C, nh = model.config.n_embd, model.config.n_head
+    hs = C // nh
+
+    def norm(v):
+        return v / (v.square().mean() + EPS).sqrt()
+
+    def turn(v, position):
+        out = v.clone()
+        for i in range(hs // 2):
+            angle = position * 10000 ** (-2 * i / hs)
+            a, b = v[i], v[i + hs // 2]
+            out[i], out[i + hs // 2] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    stream = [model.embed.weight[i] for i in ids]
+    for block in model.blocks:
+        qkv = [block.attention.qkv.weight @ norm(v) for v in stream]
+        attended = []
+        for t in range(len(ids)):
+            heads = []
+            for h in range(nh):
+                q = turn(qkv[t][h * hs:(h + 1) * hs], t)
+                scores = torch.stack([q @ turn(qkv[s][C + h * hs:C + (h + 1) * hs], s) / math.sqrt(hs) for s in range(t + 1)])
+                weights = scores.softmax(dim=0)
+                heads.append(sum(weights[s] * qkv[s][2 * C + h * hs:2 * C + (h + 1) * hs] for s in range(t + 1)))
+            attended.append(stream[t] + block.attention.proj.weight @ torch.cat(heads))
+        stream = [v + block.down.weight @ F.gelu(block.up.weight @ norm(v)) for v in attended]
+    return torch.stack([model.head.weight @ norm(v) for v in stream])
+
+
+def test_the_forward_pass_is_that_of_explicit_loops(model):
+    ids = prompts(1, seed=3)[0]
+    assert torch.allclose(model(torch.tensor([ids]))[0], slow_logits(model, ids), atol=1e-3)
+
+
+def test_a_later_token_changes_no_earlier_logit(model):
+    ids = torch.tensor([prompts(1, seed=3)[0] + [12, 13, 14]])
+    other = ids.clone()
+    other[0, -1] = 15
+    assert torch.equal(model(ids)[:, :-1], model(other)[:, :-1]) and not torch.equal(model(ids)[:, -1], model(other)[:, -1])
+
+
+def test_cached_sampling_scores_like_an_uncached_pass(model):
+    """The log-probability of every sampled token equals that of a fresh pass over the finished record, for prompts of
+    different lengths whose rows finish, and leave the batch, at different times."""
+    pairs = sample_pairs(model, prompts(64), torch.Generator().manual_seed(1))
+    assert len(set((pairs.ids != PAD).sum(dim=1).tolist())) > 5
+    scored = pairs.ids != PAD  # this random model also samples <pad> now and then
+    assert torch.allclose(score_base(model, pairs.ids, pairs.starts)[scored], pairs.b[scored], atol=1e-3)
+
+
+def test_nothing_follows_the_end(model):
+    tokens, logp = sample(model, prompts(64), torch.Generator().manual_seed(1))
+    assert (tokens == EOS).any()
+    for row, scores in zip(tokens.tolist(), logp):
+        if EOS in row:
+            end = row.index(EOS)
+            assert set(row[end + 1:]) <= {PAD} and not scores[end + 1:].any()
+
+
+def test_temperature_zero_takes_the_likeliest_token_whatever_the_batch(model):
+    alone = [sample(model, [p], torch.Generator(), temperature=0)[0][0].tolist() for p in prompts(8)]
+    together = sample(model, prompts(8), torch.Generator(), temperature=0)[0].tolist()
+    assert all(row[:len(a[:10])] == a[:10] for row, a in zip(together, alone))
+    assert alone[0][0] == model(torch.tensor([prompts(8)[0]]))[0, -1].argmax().item()
+
+
+def test_sampling_frequencies_are_the_models_probabilities(model):
+    """First tokens of 4,000 samples: every share within 5 standard errors."""
+    prompt, n = prompts(1)[0], 4000
+    p = model(torch.tensor([prompt]))[0, -1].softmax(dim=0)
+    first = sample(model, [prompt] * n, torch.Generator().manual_seed(0))[0][:, 0]
+    shares = torch.bincount(first, minlength=VOCAB) / n
+    assert ((shares - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+
+
+def test_a_record_longer_than_the_context_says_its_length(model):
+    with pytest.raises(AssertionError, match="25 positions exceed block_size 24"):
+        model(torch.full((1, 25), 12))
+    with pytest.raises(AssertionError, match="leaves no room in block_size 24"):
+        sample(model, [[12] * 24], torch.Generator())
+
+
+def test_the_latent_section_stands_before_y_and_takes_no_position():
+    """<bos> <x> ... </x> <z> z </z> <y> ...: the three tokens repeat the position of </x>."""
+    model = GPT(GPTConfig(VOCAB + 3, 3, block_size=24, n_layer=1, n_head=2, n_embd=16))
+    ids = pad([[BOS, X, 11, 12, X_END, Y, 13, Y_END, EOS], [BOS, X, 11, X_END, Y, 13, Y_END, EOS]])
+    starts = torch.tensor([6, 5])
+    rows = insert_latents(ids, starts, torch.tensor([[VOCAB, VOCAB + 2]] * 2))
+    assert rows[0, 1].tolist() == [BOS, X, 11, 12, X_END, Z, VOCAB + 2, Z_END, Y, 13, Y_END, EOS]
+    assert rows[1, 0].tolist() == [BOS, X, 11, X_END, Z, VOCAB, Z_END, Y, 13, Y_END, EOS, PAD]
+    assert model.positions(rows[:, 1])[0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 8]
+
+
+def test_scoring_under_all_latents_is_scoring_one_at_a_time(model):
+    """token_nll[i, k] from an explicit forward of '<bos> <x> x </x> <z> z_k </z> <y> y'; router logits from the router
+    prompt alone; a choice of latents gives the matching columns."""
+    torch.manual_seed(1)
+    model = model.with_latents(3)
+    model.embed.weight.data[-3:] += torch.randn(3, 16)
+    pairs = sample_pairs(model, prompts(5), torch.Generator().manual_seed(2))
+    nll, logits, router = score_latents(model, pairs.ids, pairs.starts)
+    for i, start in enumerate(pairs.starts.tolist()):
+        record = pairs.ids[i][pairs.ids[i] != PAD].tolist()
+        assert torch.allclose(model(torch.tensor([record[:start - 1] + [Z]]))[0, -1], router[i], atol=1e-4)
+        for k in range(3):
+            row = record[:start - 1] + [Z, VOCAB + k, Z_END] + record[start - 1:]
+            logp = model(torch.tensor([row]))[0].log_softmax(dim=-1)
+            slow = [-logp[t + 2, record[t]].item() for t in range(start, len(record))]
+            assert nll[i, k, start:len(record)].tolist() == pytest.approx(slow, abs=1e-3)
+            assert nll[i, k, :start].abs().sum() == nll[i, k, len(record):].abs().sum() == 0
+    z = torch.tensor([[2], [0], [1], [2], [0]])
+    assert torch.allclose(score_latents(model, pairs.ids, pairs.starts, z)[0][:, 0], nll[torch.arange(5), z[:, 0]], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(workplace):
+    """The tiny base, and held-out records."""
+    base, task, _ = load_base("out/tiny_base/ckpt.pt")
+    records, starts = record_batch(task, Tokenizer(task.vocab), [1, 1, 1], random.Random("test"), 64, test=True)
+    return base.requires_grad_(False), pad(records), torch.tensor(starts)
+
+
+def test_a_fresh_factorization_starts_near_the_base(trained):
+    """Blocks are the base's, latents differ by a trace of noise, and embeddings that start at zero disturb y less than
+    those of ordinary tokens in the latent section do."""
+    base, ids, starts = trained
+    nll = score_base(base, ids, starts).sum(dim=1).mean()
+    model = base.with_latents(4).requires_grad_(False)
+    fresh = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in base.state_dict().items() if "blocks" in name)
+    assert torch.equal(model(ids)[..., :-4], base(ids)) and fresh.unique().numel() == 4
+    model.embed.weight[[Z, Z_END, -4, -3, -2, -1]] = model.embed.weight[[12, 13, 14, 15, 16, 17]]
+    ordinary = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
+    assert (ordinary - nll).abs().min() > (fresh - nll).abs().max()
+
+
+def test_a_linear_posterior_trains_its_head_and_a_full_one_everything(trained):
+    base, _, _ = trained
+    pairs = sample_pairs(base, prompts(12), torch.Generator().manual_seed(0))
+    for adaptation in ("linear", "full"):
+        q = Posterior(base, 3, adaptation)
+        q.fit_statistics(pairs)
+        q(pairs)[:, 0].sum().backward()
+        assert q.head.weight.grad.abs().sum() > 0
+        got = [p.grad is not None and p.grad.abs().sum() > 0 for p in q.backbone.blocks.parameters()]
+        assert all(got) if adaptation == "full" else not any(got)
+
+
+def test_posterior_features_are_standardised_and_ignore_padding_and_company(trained):
+    base, _, _ = trained
+    pairs = sample_pairs(base, prompts(40), torch.Generator().manual_seed(0))
+    q = Posterior(base, 3)
+    features = q.fit_statistics(pairs)
+    assert torch.allclose(features, q.features(pairs), atol=1e-3)
+    assert features.mean(dim=0).abs().max() < 1e-3
+    assert torch.allclose(q.features(pairs.rows(torch.tensor([5]))), features[5:6], atol=1e-3)
+
+
+def test_clusters_mean_the_same_for_every_input_where_plain_distances_do_not():
+    """features = large offset of x + direction of the strategy + noise, one response a strategy: constrained, centred
+    k-means finds the strategies; the nearest raw centroids, which are those of x, do not. Same seed, same labels."""
+    generator = torch.Generator().manual_seed(0)
+    n, S = 60, 3
+    x_index, strategy = torch.arange(n).repeat_interleave(S), torch.arange(S).repeat(n)
+    features = (10 * torch.randn(n, 40, generator=generator)[x_index] + 2 * torch.randn(S, 40, generator=generator)[strategy]
+                + 0.5 * torch.randn(n * S, 40, generator=generator))
+    prior, log_p = torch.full((S,), -math.log(S)), torch.full((n * S,), -math.log(S))
+
+    def labels(features):
+        return cluster_responses(features, x_index, log_p, prior, torch.Generator().manual_seed(1), dims=12, restarts=4)[0]
+
+    log_t = labels(features)
+    joint = torch.zeros(S, S).index_put_((log_t.argmax(dim=1), strategy), torch.ones(n * S), accumulate=True) / n
+    assert joint.max(dim=1).values.min() > 0.95 and joint.max(dim=0).values.min() > 0.95
+    assert torch.equal(log_t, labels(features))
+    raw = torch.cdist(features, features[:S]).argmin(dim=1)
+    plain = torch.zeros(S, S).index_put_((raw, strategy), torch.ones(n * S), accumulate=True) / n
+    assert plain.max(dim=0).values.min() < 0.8
