@@ -55,8 +55,8 @@ TABLES = {"base": base_table, "discrete": lambda: discrete_rows("*_discrete_seed
 
 def filled(readme):
     """README text with every marked table replaced by the one its result files give."""
-    return re.sub(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)",
-                  lambda match: match[1] + TABLES[match[2]]() + match[3], readme, flags=re.S)
+    return re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+                  lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], readme, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def leaf(values):
 def test_reconstruction_is_the_expected_negative_log_likelihood(random):
     """R_i = -sum_k q_ik log p_ik, by loops; both the generator and the posterior get a gradient."""
     logp_y, logq = leaf(10 * random(B, K)), random(B, K)
-    slow = [-sum(math.exp(logq[i, k]) * logp_y[i, k].item() for k in range(K)) for i in range(B)]
+    slow = [-sum(math.exp(logq[i, k].item()) * logp_y[i, k].item() for k in range(K)) for i in range(B)]
     assert losses.reconstruction(logp_y, logq).tolist() == pytest.approx(slow, rel=1e-5)
     losses.reconstruction(logp_y, logq).sum().backward()
     assert torch.allclose(logp_y.grad, -logq.exp()) and logq.grad.abs().sum() > 0
@@ -75,7 +75,7 @@ def test_token_weighted_reconstruction_is_the_double_sum(random):
     """sum_k q_k sum_t w_t l_t(k), by loops; w = 1 gives back R."""
     nll, logq = leaf(-random(B, K, T)), random(B, K)
     w = losses.token_weights(torch.rand(B, T, generator=torch.Generator().manual_seed(2)))
-    slow = [sum(math.exp(logq[i, k]) * sum(w[i, t].item() * nll[i, k, t].item() for t in range(T)) for k in range(K))
+    slow = [sum(math.exp(logq[i, k].item()) * sum(w[i, t].item() * nll[i, k, t].item() for t in range(T)) for k in range(K))
             for i in range(B)]
     assert losses.expected(losses.token_weighted_nll(nll, w), logq).tolist() == pytest.approx(slow, rel=1e-5)
     ones = losses.expected(losses.token_weighted_nll(nll, torch.ones(B, T)), logq)
