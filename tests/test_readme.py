@@ -28,7 +28,7 @@ def test_the_file_map_names_every_file_at_the_top_and_no_other():
 
 def test_every_command_names_files_and_keys_that_exist():
     """Every `python ...` line: its config loads with its flags; its scripts exist."""
-    commands = re.findall(r"python (train_base|factorize)\.py (configs/\S+\.py)((?: --\w+=\S+)*)", README)
+    commands = re.findall(r"python (train_base|factorize)\.py (configs/\S+\.py)((?: --\w+=[^\s`]+)*)", README)
     assert commands
     for script, path, flags in commands:
         module = {"train_base": train_base, "factorize": factorize}[script]
