@@ -15,3 +15,4 @@ eval_size = 64
 final_eval_size = 64
 chunks = 1
 warmup = 20
+threads = 1
