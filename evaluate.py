@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import losses
 from configs import fail
 from model import GPT, GPTConfig, pad, sample_pairs, score_latents
-from posterior import Posterior
+from posterior import Posterior, one_to_one_matching
 from tasks import PAD, Tokenizer, Y_END
 from train_base import build_base, load_checkpoint, sample_ys, score_answers, write_result
 
@@ -43,23 +43,6 @@ def test_inputs(task, n):
         if len(found) == n:
             break
     return list(found.values())
-
-
-def one_to_one_matching(C):
-    """C (K, S) -> (score, matching): the largest sum of C[z, matching[z]] over matchings in which no strategy serves two
-    latents; matching[z] is None for a latent left over. Exact, by dynamic programming over sets of used strategies."""
-    best = {0: (0.0, [])}  # set of used strategies, as bits -> best score and matching of the latents so far
-    for row in C.tolist():
-        step = {}
-        for used, (score, matching) in best.items():
-            for s in [None, *range(len(row))]:
-                if s is not None and used >> s & 1:
-                    continue
-                key, value = (used, score) if s is None else (used | 1 << s, score + row[s])
-                if key not in step or value > step[key][0]:
-                    step[key] = (value, matching + [s])
-        best = step
-    return max(best.values(), key=lambda item: item[0])
 
 
 @torch.no_grad()
@@ -178,13 +161,13 @@ def new_figure(width, height, columns=1):
 def draw_matching(C, strategies, path):
     """Heat map of C[z, s], the share of test inputs on which forced z gives strategy s; the matching is framed."""
     figure, axis = new_figure(1.6 + 1.1 * len(strategies), 1.6 + 0.6 * len(C))
-    axis.imshow(C, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axis.imshow(C.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for k, match in enumerate(one_to_one_matching(C)[1]):
         for s in range(len(strategies)):
             axis.text(s, k, f"{C[k, s]:.2f}", ha="center", va="center", color="white" if C[k, s] > 0.6 else "black")
         if match is not None:
-            axis.add_patch(__import__("matplotlib").patches.Rectangle((match - 0.48, k - 0.48), 0.96, 0.96, fill=False,
-                                                                      edgecolor="crimson", linewidth=2))
+            left, right, top, bottom = match - 0.48, match + 0.48, k - 0.48, k + 0.48
+            axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="crimson", linewidth=2)
     axis.set_xticks(range(len(strategies)), strategies, rotation=30, ha="right")
     axis.set_yticks(range(len(C)), [f"<z{k + 1}>" for k in range(len(C))])
     axis.set_title("share of test inputs solved by each strategy, z forced", fontsize=10)

@@ -38,19 +38,20 @@ class Config:
     base: str  # config file of the base model, which is trained first if its checkpoint is missing
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     n_latents: int = 0  # K; 0: as many as the task has strategies
-    steps: int = 400  # gradient steps
+    steps: int = 500  # gradient steps
     batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: int = 512  # pairs sampled at a time; each is used once
     chunks: int = 4  # pieces of a batch, sorted by length, so that little is spent on padding; same gradient
     # stages
     cluster_inputs: int = 384  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
     cluster_responses: int = 12  # responses to each of them
-    cluster_restarts: int = 24  # tries at the clusters, of which the one with the least scatter is kept
+    cluster_members: int = 24  # clusterings that vote
     held_steps: int = 200  # steps whose labels come from the posterior as it started
-    responsibility_steps: int = 150  # further steps with balanced responsibilities; the remaining ones train the ELBO
+    responsibility_steps: int = 250  # further steps with balanced responsibilities; the remaining ones train the ELBO
     tau: float = 1.0  # temperature of log p(y|x,z) in the responsibilities
-    alpha: float = 4.0  # weight of log q(z|x,y), there and in the held labels; fades to 0
-    posterior: str = "thaw"  # "linear": frozen backbone, trained head; "full": both trained; "thaw": full after held_steps
+    held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
+    alpha: float = 1.0  # weight of log q(z|x,y) in the responsibilities
+    posterior: str = "linear"  # "linear": frozen backbone, trained head; "full": both trained
     # objective J = R + beta KL + sum_i weight_i L_i of the ELBO; a term of weight 0 takes no part in it
     normalize_reconstruction: bool = True  # divide R by c_base, the base's validation loss
     beta: float = 0.1  # of KL(q || p)
@@ -64,7 +65,7 @@ class Config:
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
     lr: float = 0.005  # peak learning rate of Muon's matrices
     adamw_lr: float = 3e-3  # peak learning rate of AdamW's parameters
-    posterior_lr: float = 1e-3  # peak learning rate of the posterior, by AdamW
+    posterior_lr: float = 3e-3  # peak learning rate of the posterior, by AdamW
     weight_decay: float = 0.0  # decoupled, as in AdamW
     warmup: int = 20  # steps of linear warm-up; after them the rate falls linearly to 0
     # evaluation, on test inputs
@@ -84,7 +85,7 @@ def draw_pairs(base, task, tokenizer, n_inputs, n_responses, key):
 
 
 def start_posterior(q, base, task, tokenizer, cfg, log_prior):
-    """Clusters responses of the base and fits the posterior's head to the clusters; returns the scatter within them."""
+    """Clusters responses of the base and fits the posterior's head to the clusters; returns how well the clusterings agree."""
     pairs = draw_pairs(base, task, tokenizer, cfg.cluster_inputs, cfg.cluster_responses, f"clusters {cfg.seed}")
     first = {}  # a response that came up several times is one response, weighted by its probability
     for i, row in enumerate(pairs.ids.tolist()):
@@ -92,10 +93,16 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
     index = torch.tensor(list(first.values()))
     distinct = pairs.rows(index)
     features = q.fit_statistics(distinct)
-    log_t, scatter = cluster_responses(features, index // cfg.cluster_responses, -distinct.b.sum(dim=1), log_prior,
-                                       torch.Generator().manual_seed(cfg.seed), restarts=cfg.cluster_restarts)
+    evenly = features.shape[1] // 2  # features pooled with equal weights: the others say too much about x
+    log_t, agreement = cluster_responses(features[:, :evenly], index // cfg.cluster_responses, -distinct.b.sum(dim=1),
+                                         log_prior, torch.Generator().manual_seed(cfg.seed), cfg.cluster_members)
     q.fit_head(features, log_t)
-    return scatter
+    return agreement
+
+
+def by_length(pairs, chunks):
+    """Indices of the rows in pieces of similar length, so that little is spent on padding."""
+    return (pairs.ids != PAD).sum(dim=1).argsort().chunk(chunks)
 
 
 def score_batch(model, batch, z, w, chunks):
@@ -104,16 +111,29 @@ def score_batch(model, batch, z, w, chunks):
     Returns logp_y (B, n), weighted_nll (B, n), jsd (B,) and router_logits (B, V). Pieces of similar length are scored
     one after the other: a sum over examples does not care.
     """
-    order = (batch.ids != PAD).sum(dim=1).argsort().chunk(chunks)
+    order = by_length(batch, chunks)
     parts = []
     for rows in order:
         piece = batch.rows(rows)
-        token_nll, logits, router_logits = score_latents(model, piece.ids, piece.starts, z[rows])
+        latents = model.config.vocab_size - model.config.n_latents + z[rows]
+        token_nll, logits, router_logits = score_latents(model, piece.ids, piece.starts, latents)
         weights = w[rows][:, :piece.ids.shape[1]]
         jsd = losses.inter_latent_jsd(F.log_softmax(logits, dim=-1), weights)
         parts.append((-token_nll.sum(dim=2), losses.token_weighted_nll(token_nll, weights), jsd, router_logits))
     back = torch.cat(order).argsort()
     return [torch.cat(part)[back] for part in zip(*parts)]
+
+
+@torch.no_grad()
+def label(model, q, pool, cfg, step, log_prior):
+    """Labels T of a pool: (log q, log T), both (N, K). While held, they are those of the posterior, sharpened."""
+    order = by_length(pool, len(pool.ids) // cfg.batch_size * cfg.chunks)
+    parts, back = [pool.rows(rows) for rows in order], torch.cat(order).argsort()
+    logq = torch.cat([q(part) for part in parts])[back]
+    if step < cfg.held_steps:
+        return logq, F.log_softmax(cfg.held_alpha * logq, dim=1)
+    logp_y = torch.cat([-score_latents(model, part.ids, part.starts)[0].sum(dim=2) for part in parts])[back]
+    return logq, losses.balanced_responsibilities(logp_y / cfg.tau + cfg.alpha * logq, log_prior)
 
 
 def factorize(cfg):
@@ -125,8 +145,8 @@ def factorize(cfg):
     K = cfg.n_latents or len(task.strategies)
     check(cfg, K)
     tokenizer = Tokenizer(task.vocab, K)
-    model = base.with_latents(K)
-    q = Posterior(base, K, "full" if cfg.posterior == "full" else "linear")
+    model = base.with_latents(K, draw_pairs(base, task, tokenizer, 512, 1, f"slot {cfg.seed}"))
+    q = Posterior(base, K, cfg.posterior)
     optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
     log_prior = torch.full((K,), -math.log(K))
     folder = os.path.join("out", cfg.name)
@@ -136,41 +156,36 @@ def factorize(cfg):
     start = time.time()
     print(f"{cfg.name}: {K} latents for {task.name}, base at {c_base:.3f} nats a solution", flush=True)
     if cfg.cluster_inputs:
-        scatter = start_posterior(q, base, task, tokenizer, cfg, log_prior)
-        print(f"{cfg.name}: clustered responses of the base, scatter within clusters {scatter:.3f}, "
+        agreement = start_posterior(q, base, task, tokenizer, cfg, log_prior)
+        print(f"{cfg.name}: clustered responses of the base, {cfg.cluster_members} clusterings agree on {agreement:.2f}, "
               f"{(time.time() - start) / 60:.1f} min", flush=True)
     elbo_step = cfg.held_steps + cfg.responsibility_steps
     shown = {}
     bar = tqdm(range(cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
     for step in bar:
         set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
-        if cfg.posterior == "thaw" and step == cfg.held_steps:
-            q.unfreeze()
         # pairs are sampled from the frozen base as they are needed, and never twice
         used = step * cfg.batch_size % cfg.pool_size
+        rows = slice(used, used + cfg.batch_size)
         if used == 0:
             pool = draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
-        batch = pool.rows(slice(used, used + cfg.batch_size))
+            if step < elbo_step:
+                pool_logq, pool_log_t = label(model, q, pool, cfg, step, log_prior)
+        batch = pool.rows(rows)
 
-        # Posterior, generator and router. While the labels T stand still, one z ~ T an example estimates the
-        # reconstruction without bias and costs a K-th; after that every sum over z is exact.
-        logq = q(batch)  # (B, K)
+        # Before the ELBO the generator learns from labels T, which no gradient flows through: one z ~ T an example
+        # estimates the reconstruction without bias and costs a K-th. In the ELBO, every sum over z is exact.
         held = step < cfg.held_steps
-        z = torch.arange(K).expand(cfg.batch_size, K)
-        if held:
-            log_t = losses.balanced_responsibilities(cfg.alpha * logq, log_prior)
+        logq = pool_logq[rows] if held else q(batch)  # (B, K)
+        if step < elbo_step:
+            log_t = pool_log_t[rows]
             z = torch.multinomial(log_t.exp(), 1, generator=torch.Generator().manual_seed(cfg.seed * 10**6 + step))
+            assignment = torch.zeros(cfg.batch_size, 1)  # log 1, of the z that was drawn
+        else:
+            z = torch.arange(K).expand(cfg.batch_size, K)
+            assignment = log_t = logq
         logp_y, weighted_nll, jsd, router_logits = score_batch(model, batch, z, losses.token_weights(batch.b), cfg.chunks)
         logp_z = F.log_softmax(router_logits[:, -K:], dim=1)  # (B, K)
-
-        # who is responsible for y: labels T that no gradient flows through, then the posterior itself
-        if held:
-            assignment = torch.zeros(cfg.batch_size, 1)  # log 1, of the z that was drawn
-        elif step < elbo_step:
-            alpha = cfg.alpha * (elbo_step - step) / cfg.responsibility_steps
-            assignment = log_t = losses.balanced_responsibilities(logp_y / cfg.tau + alpha * logq, log_prior)
-        else:
-            assignment = log_t = logq
         learns_t, elbo = float(step < elbo_step), float(step >= elbo_step)
         terms = {  # name: (weight, value in nats); a weight of 0 leaves the term out of the objective, but in the log
             "reconstruction": (1 / c_base if cfg.normalize_reconstruction else 1.0,
@@ -234,8 +249,8 @@ def check(cfg, K):
     """Stops with one line, before any training, on values that make no sense together."""
     if K < 2:
         fail(f"config key 'n_latents': a factorization needs at least 2 latents, got {K}")
-    if cfg.posterior not in ("linear", "full", "thaw"):
-        fail(f"config key 'posterior' is 'linear', 'full' or 'thaw', got '{cfg.posterior}'")
+    if cfg.posterior not in ("linear", "full"):
+        fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
     for key in ("steps", "batch_size", "pool_size", "chunks", "eval_every", "eval_inputs", "eval_samples", "threads"):
         if getattr(cfg, key) < 1:
             fail(f"config key '{key}' must be at least 1, got {getattr(cfg, key)}")

@@ -116,21 +116,33 @@ class GPT(nn.Module):
         """(B, T) ids, padded on the right -> (B, T, V) next-token logits."""
         return self.logits(self.hidden_states(ids, **kwargs)[-1])
 
-    def with_latents(self, n_latents):
-        """A copy of this model whose vocabulary ends in n_latents new tokens and which starts near the base's distribution.
+    def with_latents(self, n_latents, pairs, steps=40, batch=64, lr=0.01):
+        """A copy of this model whose vocabulary ends in n_latents new tokens and which starts at the base's distribution.
 
-        The embeddings of the latent section start at (almost) zero: RMSNorm leaves a zero vector zero, so its keys score
-        0 and its values add nothing; what attention they take from other keys is all they do. A trace of noise tells the latents apart. In the output, the new tokens
-        are as unlikely as <z_empty>, which the base never saw.
+        Three embeddings, of '<z> z </z>' with <z_empty> as z, are fitted so that samples `pairs` (Pairs) of this model
+        stay as likely as they are without the section; nothing else changes. The latents then start as <z_empty> and a
+        little noise to tell them apart. In the output, they are as unlikely as <z_empty>, which the base never saw.
         """
         config = GPTConfig(**{**vars(self.config), "vocab_size": self.config.vocab_size + n_latents, "n_latents": n_latents})
         model, state = GPT(config), self.state_dict()
-        noise = 0.1 * EPS ** 0.5 * torch.randn(n_latents, config.n_embd)  # norms to 0.1, where other tokens norm to 1
-        embed = torch.cat((state["embed.weight"], noise))
-        embed[[Z, Z_END, Z_EMPTY]] = 0
+        embed = torch.cat((state["embed.weight"], torch.zeros(n_latents, config.n_embd)))
+        embed[[Z, Z_EMPTY, Z_END]] = 3e-3 * torch.randn(3, config.n_embd)
         head = torch.cat((state["head.weight"], state["head.weight"][Z_EMPTY].expand(n_latents, -1)))
         model.load_state_dict({**state, "embed.weight": embed, "head.weight": head})
-        return model
+        weight = model.requires_grad_(False).embed.weight.requires_grad_(True)
+        optimizer = torch.optim.Adam([weight], lr)
+        frozen = torch.ones(len(weight), dtype=torch.bool).index_fill(0, torch.tensor([Z, Z_EMPTY, Z_END]), False)
+        for step in range(steps):
+            piece = pairs.rows(torch.arange(step * batch, (step + 1) * batch) % len(pairs.ids))
+            token_nll, _, _ = score_latents(model, piece.ids, piece.starts, torch.full((len(piece.ids), 1), Z_EMPTY))
+            token_nll.sum(dim=(1, 2)).mean().backward()
+            weight.grad[frozen] = 0  # Adam leaves alone what never had a gradient
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            slot = weight[Z_EMPTY]
+            weight[config.vocab_size - n_latents:] = slot + 0.1 * slot.std() * torch.randn(n_latents, config.n_embd)
+        return model.requires_grad_(True)
 
 
 class KVCache:
@@ -255,18 +267,18 @@ def insert_latents(ids, starts, latents):
     return out
 
 
-def score_latents(model, ids, starts, z=None):
+def score_latents(model, ids, starts, latents=None):
     """Scores every record under several latents in one pass: the generator and the router of the factorization.
 
-    ids (B, T) canonical records; starts (B,); z (B, n) latents from 0 to K - 1, by default all K of them. Returns
-    token_nll (B, n, T): -log p_psi(y_t|x,z,y_<t), 0 outside y; logits (B, n, T, V) behind them; router_logits (B, V):
-    the full next-token logits at <z>.
+    ids (B, T) canonical records; starts (B,); latents (B, n) token ids, by default <z1> ... <zK> for every record.
+    Returns token_nll (B, n, T): -log p_psi(y_t|x,z,y_<t), 0 outside y; logits (B, n, T, V) behind them; router_logits
+    (B, V): the full next-token logits at <z>.
     """
     B, T = ids.shape
     K, V = model.config.n_latents, model.config.vocab_size
-    z = torch.arange(K, device=ids.device).expand(B, K) if z is None else z
-    n = z.shape[1]
-    logits = model(insert_latents(ids, starts, V - K + z).view(B * n, T + 3))
+    latents = torch.arange(V - K, V, device=ids.device).expand(B, K) if latents is None else latents
+    n = latents.shape[1]
+    logits = model(insert_latents(ids, starts, latents).view(B * n, T + 3))
     # the same for every z, by causality
     router_logits = logits.view(B, n, T + 3, V)[torch.arange(B, device=ids.device), 0, starts - 1]
     logits = logits[:, 2:-1]  # entry t now scores ids[:, t], which stands at t + 3

@@ -1,11 +1,12 @@
 """The posterior q_xi(z|x,y), and where it starts: clusters of the base's own responses.
 
-    python factorize.py configs/sorting_discrete.py --posterior=linear      # "thaw" trains the backbone, too, in the end
+    python factorize.py configs/sorting_discrete.py --posterior=full      # the backbone trains, too
 
 Likelihood cannot tell a latent that means one strategy for every x from one that means strategy A on half of the inputs
 and B on the other half. What can is a posterior too simple to say "A here, B there": one linear map of what a frozen
 base knows about a solution *beyond its tokens*. That is Posterior; cluster_responses finds its first labels.
 [1] Cuturi 2013, arXiv 1306.0895 (Sinkhorn)     [2] Arthur & Vassilvitskii 2007 (k-means++)
+[3] Strehl & Ghosh 2002, JMLR 3 (cluster ensembles); Ho 1998 (random subspaces)
 """
 import copy
 import math
@@ -14,30 +15,30 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from losses import balanced_responsibilities
+from losses import balanced_responsibilities, token_weights
 from tasks import PAD
 
 
 class Posterior(nn.Module):
-    """A copy of the base, pooled over y, standardised, and a linear head with K logits.
+    """A copy of the base, pooled over y in two ways, standardised, and a linear head with K logits.
 
     Each hidden state enters as its deviation from the mean state of its bigram (token, next token): what is left is
     context, such as "this number continues the list from the right", and not the number. The embedding layer has no
-    such deviation, so L layers of width C are pooled.
+    such deviation, so L layers of width C are pooled: with equal weights, and with the base's surprise b_t as weights,
+    which is where strategies part. F = 2 L C features.
     """
 
     def __init__(self, base, n_latents, adaptation="linear"):
         super().__init__()
-        assert adaptation in ("linear", "full"), adaptation
         self.adaptation = adaptation
         self.backbone = copy.deepcopy(base).requires_grad_(adaptation == "full")
         width, V = base.config.n_layer * base.config.n_embd, base.config.vocab_size
         self.register_buffer("bigram_mean", torch.zeros(V * V, width))
         self.register_buffer("bigram_seen", torch.zeros(V * V, 1))
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
-        self.head = nn.Linear(width, n_latents)
-        nn.init.normal_(self.head.weight, std=width ** -0.5)
+        self.register_buffer("mean", torch.zeros(2 * width))
+        self.register_buffer("std", torch.ones(2 * width))
+        self.head = nn.Linear(2 * width, n_latents)
+        nn.init.normal_(self.head.weight, std=(2 * width) ** -0.5)
 
     def states(self, pairs):
         """model.Pairs -> hidden states (B, T, L C), bigram ids (B, T) and the mask (B, T) of <y>, y, </y>, <eos>."""
@@ -48,17 +49,12 @@ class Posterior(nn.Module):
         return h, pairs.ids * self.backbone.config.vocab_size + following, mask.float()
 
     def features(self, pairs):
-        """model.Pairs -> (B, L C): mean over y of the deviations from the bigram means, standardised."""
+        """model.Pairs -> (B, F): both means over y of the deviations from the bigram means, standardised."""
         with torch.set_grad_enabled(self.adaptation == "full" and torch.is_grad_enabled()):
             h, bigram, mask = self.states(pairs)
             deviation = (h - self.bigram_mean[bigram]) * self.bigram_seen[bigram]  # an unseen bigram tells nothing
-            pooled = (deviation * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-            return (pooled - self.mean) / self.std
-
-    def unfreeze(self):
-        """From here on the backbone trains, too; until then it is the base."""
-        self.adaptation = "full"
-        self.backbone.requires_grad_(True)
+            weights = torch.stack((mask / mask.sum(dim=1, keepdim=True), token_weights(pairs.b)), dim=1)  # (B, 2, T)
+            return ((weights @ deviation).flatten(1) - self.mean) / self.std
 
     @torch.no_grad()
     def fit_statistics(self, pairs, batch=256):
@@ -91,37 +87,74 @@ class Posterior(nn.Module):
         return F.log_softmax(self.head(self.features(pairs)), dim=1)
 
 
-def cluster_responses(features, x_index, log_p, log_prior, generator, dims=24, restarts=24, iterations=40):
-    """K clusters of responses that mean the same for every input: k-means under transport constraints.
+def cluster_responses(features, x_index, log_p, log_prior, generator, members=24, restarts=6):
+    """K clusters of responses that mean the same for every input: the consensus of many constrained k-means.
 
     features (N, F) of distinct responses; x_index (N,): which input each one answers; log_p (N,): log p_theta(y|x).
     1. Contrast within x: subtract the mean over the responses to the same input, so that x itself is gone.
-    2. Whiten: keep the `dims` leading principal directions at unit variance, so that no direction rules by size.
-    3. Cluster: distances to K centroids give responsibilities that, *for every input on its own*, share its responses
-       (weighted by p(y|x)) among the latents as the prior says; centroids follow; the temperature falls. Two different
-       responses to one input thus cannot hide in one cluster while another one stays empty.
-    Of all restarts (k-means++ [2]) the one with the least scatter within clusters wins; no label is needed to tell.
-    Returns log T (N, K), and that scatter as a share of the total.
+    2. Cluster a random half of the features, whitened (constrained_kmeans), `members` times; of each time's restarts
+       the one with the least scatter counts. A member mistakes one strategy for another on some kind of input; which
+       kind depends on the features it saw.
+    3. Consensus [3]: members name their clusters as the others do (best one-to-one matching), then they vote; the half
+       that agrees best with the vote votes again, until it stands.
+    Returns log T (N, K), the votes shared out within every input as the prior says, and the voters' mean agreement with
+    their vote, a number between 1/K and 1 that tells without a label how well the clusters stand.
     """
     weight = torch.zeros(int(x_index.max()) + 1).index_add(0, x_index, log_p.exp())
     weight = log_p.exp() / weight[x_index]  # p(y|x) over the responses seen for this x
     mean = torch.zeros(int(x_index.max()) + 1, features.shape[1]).index_add(0, x_index, features * weight[:, None])
     centred = features - mean[x_index]
-    u = torch.linalg.svd(centred, full_matrices=False).U[:, :dims] * len(features) ** 0.5  # (N, dims), unit variance
-    total = (weight * u.square().sum(dim=1)).sum()
-    best = (math.inf, None)
-    for _ in range(restarts):
-        centroids = u[torch.randint(len(u), (1,), generator=generator)]
-        while len(centroids) < len(log_prior):
-            distance = torch.cdist(u, centroids).min(dim=1).values.square()
-            centroids = torch.cat((centroids, u[torch.multinomial(distance, 1, generator=generator)]))
-        for i in range(iterations):
-            temperature = 4.0 * 0.05 ** (i / (iterations - 1))
-            log_t = balanced_responsibilities(-torch.cdist(u, centroids).square() / temperature, log_prior, x_index,
-                                              weight.log(), iterations=15)
-            t = log_t.exp() * weight[:, None]
-            centroids = (t.T @ u) / t.sum(dim=0)[:, None]
-        scatter = ((t * torch.cdist(u, centroids).square()).sum() / total).item()
-        if scatter < best[0]:
-            best = (scatter, log_t)
-    return best[1], best[0]
+    votes = []
+    for _ in range(members):
+        half = torch.randperm(features.shape[1], generator=generator)[:features.shape[1] // 2]
+        dims = int(torch.randint(20, 37, (1,), generator=generator))
+        u = torch.linalg.svd(centred[:, half], full_matrices=False).U[:, :dims] * len(features) ** 0.5  # unit variance
+        tries = [constrained_kmeans(u, x_index, weight, log_prior, generator) for _ in range(restarts)]
+        votes.append(min(tries, key=lambda log_t_and_scatter: log_t_and_scatter[1])[0].exp())
+
+    def overlap(a, b):  # (K, K): weight of the responses that a puts in one cluster and b in the other
+        return (a * weight[:, None]).T @ b / weight.sum()
+
+    scores = [sum(one_to_one_matching(overlap(a, b))[0] for b in votes) for a in votes]
+    consensus = votes[scores.index(max(scores))]  # the member closest to all others gives the names
+    for _ in range(6):
+        votes = [vote[:, torch.tensor(one_to_one_matching(overlap(consensus, vote))[1])] for vote in votes]
+        votes.sort(key=lambda vote: -overlap(vote, consensus).trace())
+        voters = votes[:(members + 1) // 2]
+        consensus = torch.stack(voters).mean(dim=0)
+    agreement = sum(overlap(vote, consensus).trace().item() for vote in voters) / len(voters)
+    return balanced_responsibilities(4 * consensus.clamp(min=1e-6).log(), log_prior, x_index, weight.log()), agreement
+
+
+def constrained_kmeans(u, x_index, weight, log_prior, generator, iterations=30):
+    """Soft k-means (k-means++ start [2], falling temperature) of whitened u (N, dims) in which *every input on its own*
+    shares its responses, weighted by p(y|x), among the clusters as the prior says: two different responses to one input
+    cannot hide in one cluster while another one stays empty. Returns log T (N, K) and the scatter within clusters."""
+    centroids = u[torch.randint(len(u), (1,), generator=generator)]
+    while len(centroids) < len(log_prior):
+        distance = torch.cdist(u, centroids).min(dim=1).values.square()
+        centroids = torch.cat((centroids, u[torch.multinomial(distance, 1, generator=generator)]))
+    for i in range(iterations):
+        temperature = 4.0 * 0.05 ** (i / (iterations - 1))
+        log_t = balanced_responsibilities(-torch.cdist(u, centroids).square() / temperature, log_prior, x_index,
+                                          weight.log(), iterations=15)
+        t = log_t.exp() * weight[:, None]
+        centroids = (t.T @ u) / t.sum(dim=0)[:, None]
+    return log_t, (t * torch.cdist(u, centroids).square()).sum().item()
+
+
+def one_to_one_matching(C):
+    """C (K, S) -> (score, matching): the largest sum of C[z, matching[z]] over matchings in which no column serves two
+    rows; matching[z] is None for a row left over. Exact, by dynamic programming over sets of used columns."""
+    best = {0: (0.0, [])}  # set of used columns, as bits -> best score and matching of the rows so far
+    for row in C.tolist():
+        step = {}
+        for used, (score, matching) in best.items():
+            for s in [None, *range(len(row))]:
+                if s is not None and used >> s & 1:
+                    continue
+                key, value = (used, score) if s is None else (used | 1 << s, score + row[s])
+                if key not in step or value > step[key][0]:
+                    step[key] = (value, matching + [s])
+        best = step
+    return max(best.values(), key=lambda item: item[0])

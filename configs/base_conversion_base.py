@@ -2,4 +2,3 @@
 task = "base_conversion"
 steps = 3000
 batch_size = 64
-lr = 0.02

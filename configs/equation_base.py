@@ -1,3 +1,2 @@
 # python train_base.py configs/equation_base.py
 task = "linear_equation_solving"
-lr = 0.02

@@ -1,4 +1,3 @@
 # python train_base.py configs/sorting_base.py
 task = "sorting_algorithms"
 steps = 2000
-lr = 0.02

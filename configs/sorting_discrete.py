@@ -1,5 +1,5 @@
 # python factorize.py configs/sorting_discrete.py
 base = "configs/sorting_base.py"
-steps = 750
-held_steps = 500
-responsibility_steps = 200
+steps = 700
+held_steps = 250
+responsibility_steps = 400

@@ -128,12 +128,13 @@ def test_scoring_under_all_latents_is_scoring_one_at_a_time(model):
     """token_nll[i, k] from an explicit forward of '<bos> <x> x </x> <z> z_k </z> <y> y'; router logits from the router
     prompt alone; a choice of latents gives the matching columns."""
     torch.manual_seed(1)
-    model = model.with_latents(3)
-    model.embed.weight.data[-3:] += torch.randn(3, 16)
-    pairs = sample_pairs(model, prompts(5), torch.Generator().manual_seed(2))
-    nll, logits, router = score_latents(model, pairs.ids, pairs.starts)
-    for i, start in enumerate(pairs.starts.tolist()):
-        record = pairs.ids[i][pairs.ids[i] != PAD].tolist()
+    canonical = sample_pairs(model, prompts(5), torch.Generator().manual_seed(1))
+    model = model.with_latents(3, canonical, steps=1).requires_grad_(False)
+    model.embed.weight[-3:] += torch.randn(3, 16)
+    records = [p + [12, 13, 14, 11, 12][:n] + [Y_END, EOS] for n, p in enumerate(prompts(5))]
+    ids, starts = pad(records), torch.tensor([len(p) for p in prompts(5)])
+    nll, logits, router = score_latents(model, ids, starts)
+    for i, (record, start) in enumerate(zip(records, starts.tolist())):
         assert torch.allclose(model(torch.tensor([record[:start - 1] + [Z]]))[0, -1], router[i], atol=1e-4)
         for k in range(3):
             row = record[:start - 1] + [Z, VOCAB + k, Z_END] + record[start - 1:]
@@ -142,29 +143,36 @@ def test_scoring_under_all_latents_is_scoring_one_at_a_time(model):
             assert nll[i, k, start:len(record)].tolist() == pytest.approx(slow, abs=1e-3)
             assert nll[i, k, :start].abs().sum() == nll[i, k, len(record):].abs().sum() == 0
     z = torch.tensor([[2], [0], [1], [2], [0]])
-    assert torch.allclose(score_latents(model, pairs.ids, pairs.starts, z)[0][:, 0], nll[torch.arange(5), z[:, 0]], atol=1e-5)
+    chosen = score_latents(model, ids, starts, VOCAB + z)[0][:, 0]
+    assert torch.allclose(chosen, nll[torch.arange(5), z[:, 0]], atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def trained(workplace):
-    """The tiny base, and held-out records."""
+    """The tiny base, its task, and its own samples at training and at test inputs."""
     base, task, _ = load_base("out/tiny_base/ckpt.pt")
-    records, starts = record_batch(task, Tokenizer(task.vocab), [1, 1, 1], random.Random("test"), 64, test=True)
-    return base.requires_grad_(False), pad(records), torch.tensor(starts)
+    tokenizer, rng, generator = Tokenizer(task.vocab), random.Random("trained"), torch.Generator().manual_seed(0)
+    pairs = [sample_pairs(base, [tokenizer.prompt(task.sample_input(rng, test)) for _ in range(256)], generator)
+             for test in (False, True)]
+    return base.requires_grad_(False), *pairs
 
 
-def test_a_fresh_factorization_starts_near_the_base(trained):
-    """Blocks are the base's, latents differ by a trace of noise, and embeddings that start at zero disturb y less than
-    those of ordinary tokens in the latent section do."""
-    base, ids, starts = trained
+def test_a_fresh_factorization_starts_at_the_base(trained):
+    """|NLL of y given (x, z_k) - base NLL of y| <= 5% for every k, on inputs the slot was not fitted to; all the base's
+    weights are kept, the latents differ, and a section of ordinary embeddings would have broken it."""
+    base, pairs, (ids, starts, _) = trained
+    torch.manual_seed(0)
     nll = score_base(base, ids, starts).sum(dim=1).mean()
-    model = base.with_latents(4).requires_grad_(False)
+    model = base.with_latents(4, pairs)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    model.requires_grad_(False)
     fresh = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
+    assert ((fresh - nll).abs() <= 0.05 * nll).all() and fresh.unique().numel() == 4
     assert all(torch.equal(p, model.state_dict()[name]) for name, p in base.state_dict().items() if "blocks" in name)
-    assert torch.equal(model(ids)[..., :-4], base(ids)) and fresh.unique().numel() == 4
+    assert torch.equal(model(ids)[..., :-4], base(ids))
     model.embed.weight[[Z, Z_END, -4, -3, -2, -1]] = model.embed.weight[[12, 13, 14, 15, 16, 17]]
     ordinary = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
-    assert (ordinary - nll).abs().min() > (fresh - nll).abs().max()
+    assert (ordinary - nll).abs().min() > 0.05 * nll
 
 
 def test_a_linear_posterior_trains_its_head_and_a_full_one_everything(trained):
@@ -200,7 +208,7 @@ def test_clusters_mean_the_same_for_every_input_where_plain_distances_do_not():
     prior, log_p = torch.full((S,), -math.log(S)), torch.full((n * S,), -math.log(S))
 
     def labels(features):
-        return cluster_responses(features, x_index, log_p, prior, torch.Generator().manual_seed(1), dims=12, restarts=4)[0]
+        return cluster_responses(features, x_index, log_p, prior, torch.Generator().manual_seed(1), members=4)[0]
 
     log_t = labels(features)
     joint = torch.zeros(S, S).index_put_((log_t.argmax(dim=1), strategy), torch.ones(n * S), accumulate=True) / n
