@@ -135,7 +135,8 @@ def evaluate(folder, seed=0):
     metrics |= router_metrics
     metrics |= held_out(model, q, base, task, tokenizer, xs, 1024, checkpoint["base"]["c_base"], seed)
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
-    metrics |= {"test_inputs": len(xs), "minutes": checkpoint["minutes"]}
+    metrics |= {"test_inputs": len(xs), "minutes": checkpoint["minutes"],
+                "start_nll_error": checkpoint["start_nll_error"]}
     write_result(folder, cfg, metrics)
     draw_matching(C, task.strategies, os.path.join(folder, "matching.png"))
     draw_training(os.path.join(folder, "log.jsonl"), os.path.join(folder, "training.png"))
