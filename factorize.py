@@ -43,13 +43,13 @@ class Config:
     pool_size: int = 512  # pairs sampled at a time; each is used once
     chunks: int = 4  # pieces of a batch, sorted by length, so that little is spent on padding; same gradient
     # stages
+    slot_steps: int = 80  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
     cluster_inputs: int = 384  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
     cluster_responses: int = 12  # responses to each of them
     cluster_members: int = 24  # clusterings that vote
-    held_steps: int = 200  # steps whose labels come from the posterior as it started
-    responsibility_steps: int = 350  # further steps with balanced responsibilities; the remaining ones train the ELBO
+    held_steps: int = 150  # steps whose labels come from the posterior as it started
+    responsibility_steps: int = 400  # further steps with balanced responsibilities; the remaining ones train the ELBO
     tau: float = 1.0  # temperature of log p(y|x,z) in the responsibilities
-    held_share: float = 0.5  # share of each latent's pairs, the surest ones, that the generator learns from while held
     held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
     alpha: float = 1.0  # weight of log q(z|x,y) in the responsibilities
     posterior: str = "linear"  # "linear": frozen backbone, trained head; "full": both trained
@@ -135,24 +135,14 @@ def score_batch(model, batch, z, w, chunks):
 
 @torch.no_grad()
 def label(model, q, pool, cfg, step, log_prior):
-    """Labels of a pool: (log q, log T), both (N, K), and the log of each pair's weight (N,) in the reconstruction.
-
-    While held, T is the posterior's, sharpened, and of the pairs of each latent only the surest count: where the
-    posterior errs it is mostly unsure, and the generator carries over to the rest what it learns here.
-    """
+    """Labels T of a pool: (log q, log T), both (N, K). While held, they are those of the posterior, sharpened."""
     order = by_length(pool, len(pool.ids) // cfg.batch_size * cfg.chunks)
     parts, back = [pool.rows(rows) for rows in order], torch.cat(order).argsort()
     logq = torch.cat([q(part) for part in parts])[back]
     if step < cfg.held_steps:
-        confidence, choice = logq.max(dim=1)
-        sure = torch.zeros(len(logq), dtype=torch.bool)
-        for z in range(logq.shape[1]):
-            rows = (choice == z).nonzero().flatten()
-            sure[rows[confidence[rows].argsort(descending=True)[:math.ceil(cfg.held_share * len(rows))]]] = True
-        return logq, F.log_softmax(cfg.held_alpha * logq, dim=1), (sure / sure.float().mean()).log()
+        return logq, F.log_softmax(cfg.held_alpha * logq, dim=1)
     logp_y = torch.cat([-score_latents(model, part.ids, part.starts)[0].sum(dim=2) for part in parts])[back]
-    log_t = losses.balanced_responsibilities(logp_y / cfg.tau + cfg.alpha * logq, log_prior)
-    return logq, log_t, torch.zeros(len(logq))
+    return logq, losses.balanced_responsibilities(logp_y / cfg.tau + cfg.alpha * logq, log_prior)
 
 
 def factorize(cfg):
@@ -164,8 +154,8 @@ def factorize(cfg):
     K = cfg.n_latents or len(task.strategies)
     check(cfg, K)
     tokenizer = Tokenizer(task.vocab, K)
-    model = base.with_latents(K, draw_pairs(base, task, tokenizer, 512, 1, f"slot {cfg.seed}"))
-    start_nll_error = compare_to_base(model, draw_pairs(base, task, tokenizer, 256, 1, f"start {cfg.seed}"))
+    model = base.with_latents(K, draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"slot {cfg.seed}"), cfg.slot_steps)
+    start_nll_error = compare_to_base(model, draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"start {cfg.seed}"))
     q = Posterior(base, K, cfg.posterior)
     optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
     log_prior = torch.full((K,), -math.log(K))
@@ -191,7 +181,7 @@ def factorize(cfg):
         if used == 0:
             pool = draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
             if step < elbo_step:
-                pool_logq, pool_log_t, pool_log_weight = label(model, q, pool, cfg, step, log_prior)
+                pool_logq, pool_log_t = label(model, q, pool, cfg, step, log_prior)
         batch = pool.rows(rows)
 
         # Before the ELBO the generator learns from labels T, which no gradient flows through: one z ~ T an example
@@ -201,7 +191,7 @@ def factorize(cfg):
         if step < elbo_step:
             log_t = pool_log_t[rows]
             z = torch.multinomial(log_t.exp(), 1, generator=torch.Generator().manual_seed(cfg.seed * 10**6 + step))
-            assignment = pool_log_weight[rows][:, None]  # of the z that was drawn
+            assignment = torch.zeros(cfg.batch_size, 1)  # log 1, of the z that was drawn
         else:
             z = torch.arange(K).expand(cfg.batch_size, K)
             assignment = log_t = logq
@@ -278,8 +268,6 @@ def check(cfg, K):
             fail(f"config key '{key}' must be at least 1, got {getattr(cfg, key)}")
     if cfg.pool_size % cfg.batch_size:
         fail(f"config key 'pool_size' ({cfg.pool_size}) must be a multiple of batch_size ({cfg.batch_size})")
-    if not 0 < cfg.held_share <= 1:
-        fail(f"config key 'held_share' must be above 0 and at most 1, got {cfg.held_share}")
     if cfg.tau <= 0:
         fail(f"config key 'tau' must be positive, got {cfg.tau}")
 

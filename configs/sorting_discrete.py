@@ -1,5 +1,4 @@
 # python factorize.py configs/sorting_discrete.py
 base = "configs/sorting_base.py"
 steps = 700
-held_steps = 250
-responsibility_steps = 400
+responsibility_steps = 500

@@ -163,7 +163,7 @@ def test_a_fresh_factorization_starts_at_the_base(trained):
     base, pairs, (ids, starts, _) = trained
     torch.manual_seed(0)
     nll = score_base(base, ids, starts).sum(dim=1).mean()
-    model = base.with_latents(4, pairs)
+    model = base.with_latents(4, pairs, steps=80)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     model.requires_grad_(False)
     fresh = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
