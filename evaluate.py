@@ -1,7 +1,7 @@
 """Scores a factorization on test inputs and draws its figures, from its run folder alone.
 
     python evaluate.py out/sorting_discrete                     # metrics.json, result.json and figures
-    python evaluate.py out/sorting_discrete --show=3            # three test inputs, the trace under every z side by side
+    python evaluate.py out/sorting_discrete --show=3            # three test inputs, the trace under every z abreast
     python evaluate.py out/sorting_discrete --x="4 2 7 1 3"     # the same for an input of your own
 
 Strategy names are read here and nowhere else: to say what each latent turned out to mean.
@@ -107,8 +107,8 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     reconstruction = losses.reconstruction(logp_y, logq).mean().item()
     strategies = [task.attribute(x, y) for x, y in zip(xs, solutions(tokenizer, pairs))]
     choice = logq.argmax(dim=1).tolist()
-    joint = torch.tensor([[sum(c == k and s == name for c, s in zip(choice, strategies)) / n for name in task.strategies]
-                          for k in range(logq.shape[1])])
+    both = list(zip(choice, strategies))
+    joint = torch.tensor([[both.count((k, s)) / n for s in task.strategies] for k in range(logq.shape[1])])
     return {"nll": -(logp_z + logp_y).logsumexp(dim=1).mean().item(), "base_nll": pairs.b.sum(dim=1).mean().item(),
             "reconstruction": reconstruction, "normalized_reconstruction": reconstruction / c_base,
             "kl": losses.categorical_kl(logq, logp_z).mean().item(),
@@ -217,7 +217,8 @@ def show(folder, xs):
         ys = sample_ys(model, tokenizer, [tokenizer.prompt(x, k) for k in range(K)], torch.Generator(), temperature=0)
         columns = [[f"<z{k + 1}> {task.attribute(x, y) or 'no strategy'}"] for k, y in enumerate(ys)]
         for column, y in zip(columns, ys):
-            column += [line.strip(" ;") for line in " ".join(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")]
+            lines = " ".join(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")
+            column += [line.strip(" ;") for line in lines]
         widths = [max(map(len, column)) for column in columns]
         print(f"\nx = {' '.join(x)}")
         for i in range(max(map(len, columns))):

@@ -79,7 +79,7 @@ class Config:
 
 
 def draw_pairs(base, task, tokenizer, n_inputs, n_responses, key):
-    """n_responses samples y ~ p_theta(y|x) for each of n_inputs training inputs: a function of the string `key` alone."""
+    """n_responses samples y ~ p_theta(y|x) for each of n_inputs training inputs: a function of `key` (str) alone."""
     rng = random.Random(key)
     xs = [x for x in (task.sample_input(rng, test=False) for _ in range(n_inputs)) for _ in range(n_responses)]
     return sample_pairs(base, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(rng.getrandbits(48)))
@@ -94,7 +94,7 @@ def compare_to_base(model, pairs):
 
 
 def start_posterior(q, base, task, tokenizer, cfg, log_prior):
-    """Clusters responses of the base and fits the posterior's head to the clusters; returns how well the clusterings agree."""
+    """Clusters responses of the base, fits the posterior's head to the clusters; returns how well clusterings agree."""
     pairs = draw_pairs(base, task, tokenizer, cfg.cluster_inputs, cfg.cluster_responses, f"clusters {cfg.seed}")
     first = {}  # a response that came up several times is one response, weighted by its probability
     for i, row in enumerate(pairs.ids.tolist()):
@@ -154,8 +154,10 @@ def factorize(cfg):
     K = cfg.n_latents or len(task.strategies)
     check(cfg, K)
     tokenizer = Tokenizer(task.vocab, K)
-    model = base.with_latents(K, draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"slot {cfg.seed}"), cfg.slot_steps)
-    start_nll_error = compare_to_base(model, draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"start {cfg.seed}"))
+    slot_pairs, other_pairs = (draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"{name} {cfg.seed}")
+                               for name in ("slot", "start"))
+    model = base.with_latents(K, slot_pairs, cfg.slot_steps)
+    start_nll_error = compare_to_base(model, other_pairs)
     q = Posterior(base, K, cfg.posterior)
     optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
     log_prior = torch.full((K,), -math.log(K))
@@ -164,11 +166,11 @@ def factorize(cfg):
     write_json(os.path.join(folder, "config.json"), dataclasses.asdict(cfg))
     log = open(os.path.join(folder, "log.jsonl"), "w")
     start = time.time()
-    print(f"{cfg.name}: {K} latents for {task.name}, base at {c_base:.3f} nats a solution; inserted, they change that by "
-          f"at most {start_nll_error:.1%}", flush=True)
+    print(f"{cfg.name}: {K} latents for {task.name}, base at {c_base:.3f} nats a solution; inserted, they change that "
+          f"by at most {start_nll_error:.1%}", flush=True)
     if cfg.cluster_inputs:
         agreement = start_posterior(q, base, task, tokenizer, cfg, log_prior)
-        print(f"{cfg.name}: clustered responses of the base, {cfg.cluster_members} clusterings agree on {agreement:.2f}, "
+        print(f"{cfg.name}: {cfg.cluster_members} clusterings of the base's responses agree on {agreement:.2f}, "
               f"{(time.time() - start) / 60:.1f} min", flush=True)
     elbo_step = cfg.held_steps + cfg.responsibility_steps
     shown = {}
@@ -195,7 +197,8 @@ def factorize(cfg):
         else:
             z = torch.arange(K).expand(cfg.batch_size, K)
             assignment = log_t = logq
-        logp_y, weighted_nll, jsd, router_logits = score_batch(model, batch, z, losses.token_weights(batch.b), cfg.chunks)
+        w = losses.token_weights(batch.b)
+        logp_y, weighted_nll, jsd, router_logits = score_batch(model, batch, z, w, cfg.chunks)
         logp_z = F.log_softmax(router_logits[:, -K:], dim=1)  # (B, K)
         learns_t, elbo = float(step < elbo_step), float(step >= elbo_step)
         terms = {  # name: (weight, value in nats); a weight of 0 leaves the term out of the objective, but in the log
@@ -224,7 +227,8 @@ def factorize(cfg):
         entry["normalized_reconstruction"] = entry["reconstruction"] / c_base
         entry["minutes"] = (time.time() - start) / 60
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            shown = evaluate.controlled(model, task, tokenizer, evaluate.test_inputs(task, cfg.look_inputs), seed=step)[0]
+            xs = evaluate.test_inputs(task, cfg.look_inputs)
+            shown = evaluate.controlled(model, task, tokenizer, xs, seed=step)[0]
             entry |= shown
             if bar.disable:
                 print(f"{cfg.name} step {step + 1}/{cfg.steps}: R/c {entry['normalized_reconstruction']:.3f}, KL "

@@ -9,7 +9,7 @@ Dimensions, here and in every other file:
 [1] Language Models are Unsupervised Multitask Learners  [2] arXiv 1910.07467  [3] RoFormer, arXiv 2104.09864
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -51,7 +51,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))  # (B, nh, T, hs)
+        # (B, nh, T, hs) each
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -90,7 +91,8 @@ class GPT(nn.Module):
     def takes_position(self, ids):
         """False for padding and for the latent section '<z> z </z>', which repeat the position before them, so that y
         sits where the base model learned to read it."""
-        latent = (ids == Z) | (ids == Z_END) | (ids == Z_EMPTY) | (ids >= self.config.vocab_size - self.config.n_latents)
+        first_latent = self.config.vocab_size - self.config.n_latents
+        latent = (ids == Z) | (ids == Z_END) | (ids == Z_EMPTY) | (ids >= first_latent)
         return ~(latent | (ids == PAD))
 
     def positions(self, ids):
@@ -117,13 +119,13 @@ class GPT(nn.Module):
         return self.logits(self.hidden_states(ids, **kwargs)[-1])
 
     def with_latents(self, n_latents, pairs, steps, batch=64, lr=0.01):
-        """A copy of this model whose vocabulary ends in n_latents new tokens and which starts at the base's distribution.
+        """A copy of this model whose vocabulary ends in n_latents new tokens, at the base's distribution.
 
         Three embeddings, of '<z> z </z>' with <z_empty> as z, are fitted so that samples `pairs` (Pairs) of this model
         stay as likely as they are without the section; nothing else changes. The latents then start as <z_empty> and a
         little noise to tell them apart. In the output, they are as unlikely as <z_empty>, which the base never saw.
         """
-        config = GPTConfig(**{**vars(self.config), "vocab_size": self.config.vocab_size + n_latents, "n_latents": n_latents})
+        config = replace(self.config, vocab_size=self.config.vocab_size + n_latents, n_latents=n_latents)
         model, state = GPT(config), self.state_dict()
         embed = torch.cat((state["embed.weight"], torch.zeros(n_latents, config.n_embd)))
         embed[[Z, Z_EMPTY, Z_END]] = 3e-3 * torch.randn(3, config.n_embd)
@@ -258,7 +260,7 @@ def score_base(model, ids, starts):
 
 
 def insert_latents(ids, starts, latents):
-    """(B, T) canonical records and (B, n) latent ids -> (B, n, T + 3): '<z> z </z>' put in front of <y>, for every z."""
+    """(B, T) canonical records and (B, n) latent ids -> (B, n, T + 3): '<z> z </z>' put before <y>, for every z."""
     t, cut = torch.arange(ids.shape[1] + 3, device=ids.device), (starts - 1)[:, None]  # cut: where <y> stood
     out = ids.gather(1, torch.where(t < cut, t, t - 3).clamp(min=0))[:, None].repeat(1, latents.shape[1], 1)
     for offset, token in enumerate((Z, latents, Z_END)):

@@ -58,7 +58,7 @@ class Posterior(nn.Module):
 
     @torch.no_grad()
     def fit_statistics(self, pairs, batch=256):
-        """Sets the bigram means, then mean and std of the pooled features, to those of `pairs`. Returns the features."""
+        """Sets the bigram means, then mean and std of the pooled features, to those of `pairs`; returns them."""
         parts = [pairs.rows(slice(i, i + batch)) for i in range(0, len(pairs.ids), batch)]
         for part in parts:
             h, bigram, mask = self.states(part)

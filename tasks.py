@@ -18,7 +18,7 @@ DIGITS = tuple("0123456789")
 
 
 class Tokenizer:
-    """Maps string tokens to ids: special tokens, then the task vocabulary, then <z1> ... <zK> once a base is factorized."""
+    """Maps string tokens to ids: special tokens, task vocabulary, then <z1> ... <zK> once a base is factorized."""
 
     def __init__(self, vocab, n_latents=0):
         self.vocab, self.n_latents = tuple(vocab), n_latents
@@ -51,7 +51,7 @@ class Tokenizer:
         return tokens
 
     def prompt(self, x, latent=None):
-        """Ids of the canonical prompt <bos> <x> ... </x> <y>, or of the generator's: <bos> <x> ... </x> <z> z </z> <y>."""
+        """Ids of the canonical prompt <bos> <x> ... </x> <y>, or the generator's: <bos> <x> ... </x> <z> z </z> <y>."""
         section = [] if latent is None else [Z, self.first_latent + latent, Z_END]
         return [BOS, X, *self.encode(x), X_END, *section, Y]
 
@@ -442,7 +442,8 @@ def multidigit_addition(min_digits=1, max_digits=2):
 
     def rounding_decomposition(a, b):
         excess = -b % 10
-        return [add(b, excess), add(a, b + excess), [*number(a + b + excess), "-", *number(excess), "=", *number(a + b)]]
+        subtract = [*number(a + b + excess), "-", *number(excess), "=", *number(a + b)]
+        return [add(b, excess), add(a, b + excess), subtract]
 
     def on_numbers(strategy):
         return lambda x: strategy(*read_numbers(x, ["+"]))

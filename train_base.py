@@ -28,7 +28,7 @@ from tasks import PAD, TASK_FUNCTIONS, TASKS, Tokenizer, Y_END
 class Config:
     task: str  # a name in tasks.TASKS
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
-    task_sizes: dict = dataclasses.field(default_factory=dict)  # arguments of the task's function, such as {"max_len": 6}
+    task_sizes: dict = dataclasses.field(default_factory=dict)  # arguments of the task's function: {"max_len": 6}
     strategy_weights: list | None = None  # mixture of strategies in the data, in the task's order; None: uniform
     n_layer: int = 3  # transformer blocks
     n_head: int = 4  # attention heads
@@ -171,7 +171,8 @@ def write_json(path, content):
 
 def write_result(folder, config, metrics):
     """metrics.json, and result.json: the same with all that is needed to repeat the run."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(__file__) or ".")
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                         cwd=os.path.dirname(__file__) or ".")
     write_json(os.path.join(folder, "metrics.json"), metrics)
     write_json(os.path.join(folder, "result.json"), {
         "config": config, "seed": config["seed"], "commit": git.stdout.strip() or "unknown",
@@ -187,7 +188,7 @@ def train(cfg):
     tokenizer = Tokenizer(task.vocab)
     weights = cfg.strategy_weights or [1.0] * len(task.strategies)
     if len(weights) != len(task.strategies) or min(weights) < 0 or sum(weights) <= 0:
-        fail(f"config key 'strategy_weights' takes {len(task.strategies)} weights, none negative, for {task.strategies}")
+        fail(f"config key 'strategy_weights' takes {len(task.strategies)} weights, none negative: {task.strategies}")
     floor = -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights if w)
     model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
     optimizers = make_optimizers(model, cfg)
@@ -203,7 +204,7 @@ def train(cfg):
         records, starts = record_batch(task, tokenizer, weights, random.Random(f"base {cfg.seed} {step}"),
                                        cfg.batch_size, test=False)
         if max(map(len, records)) > cfg.block_size:
-            fail(f"config key 'block_size': a record of {max(map(len, records))} tokens does not fit in {cfg.block_size}")
+            fail(f"config key 'block_size': a record of {max(map(len, records))} tokens exceeds {cfg.block_size}")
         order = sorted(range(len(records)), key=lambda i: len(records[i]))
         y_tokens = sum(map(len, records)) - sum(starts)
         loss = 0.0

@@ -19,11 +19,12 @@ def fail(message):
 def check_key(key, names):
     if key not in names:
         close = difflib.get_close_matches(key, names, n=1)
-        fail(f"unknown config key '{key}'" + (f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"))
+        hint = f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"
+        fail(f"unknown config key '{key}'{hint}")
 
 
 def check_type(key, value, kind):
-    """Returns value as `kind` (a type, or a union such as `list | None`); an int widens to float, nothing else changes."""
+    """Returns value as `kind` (a type, or a union such as `list | None`); only an int widens to float."""
     kinds = getattr(kind, "__args__", (kind,))
     if float in kinds and type(value) is int:
         value = float(value)

@@ -29,10 +29,12 @@ def base_table():
     for name, result in results("*_base_seed*.json").items():
         m = result["metrics"]
         shares = [value for key, value in m.items() if key.startswith("share_")]
-        rows.append([name.replace("_seed", ", seed "), f"{m['floor']:.3f}", f"{m['nll']:.3f}", f"{m['valid_trace_rate']:.3f}",
-                     f"{max(abs(s - 1 / len(shares)) for s in shares):.3f}", f"{m['final_answer_accuracy']:.3f}",
+        rows.append([name.replace("_seed", ", seed "), f"{m['floor']:.3f}", f"{m['nll']:.3f}",
+                     f"{m['valid_trace_rate']:.3f}", f"{max(abs(s - 1 / len(shares)) for s in shares):.3f}",
+                     f"{m['final_answer_accuracy']:.3f}",
                      f"{m['minutes']:.1f}"])
-    return table(["base", "log S", "held-out NLL", "valid traces", "largest share error", "answer right", "minutes"], rows)
+    head = ["base", "log S", "held-out NLL", "valid traces", "largest share error", "answer right", "minutes"]
+    return table(head, rows)
 
 
 def discrete_rows(pattern):

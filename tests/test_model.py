@@ -41,7 +41,8 @@ def slow_logits(model, ids):
         for i in range(hs // 2):
             angle = position * 10000 ** (-2 * i / hs)
             a, b = v[i], v[i + hs // 2]
-            out[i], out[i + hs // 2] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+            out[i] = a * math.cos(angle) - b * math.sin(angle)
+            out[i + hs // 2] = b * math.cos(angle) + a * math.sin(angle)
         return out
 
     stream = [model.embed.weight[i] for i in ids]
@@ -52,7 +53,8 @@ def slow_logits(model, ids):
             heads = []
             for h in range(nh):
                 q = turn(qkv[t][h * hs:(h + 1) * hs], t)
-                scores = torch.stack([q @ turn(qkv[s][C + h * hs:C + (h + 1) * hs], s) / math.sqrt(hs) for s in range(t + 1)])
+                keys = [turn(qkv[s][C + h * hs:C + (h + 1) * hs], s) for s in range(t + 1)]
+                scores = torch.stack([q @ k / math.sqrt(hs) for k in keys])
                 weights = scores.softmax(dim=0)
                 heads.append(sum(weights[s] * qkv[s][2 * C + h * hs:2 * C + (h + 1) * hs] for s in range(t + 1)))
             attended.append(stream[t] + block.attention.proj.weight @ torch.cat(heads))
@@ -69,7 +71,8 @@ def test_a_later_token_changes_no_earlier_logit(model):
     ids = torch.tensor([prompts(1, seed=3)[0] + [12, 13, 14]])
     other = ids.clone()
     other[0, -1] = 15
-    assert torch.equal(model(ids)[:, :-1], model(other)[:, :-1]) and not torch.equal(model(ids)[:, -1], model(other)[:, -1])
+    assert torch.equal(model(ids)[:, :-1], model(other)[:, :-1])
+    assert not torch.equal(model(ids)[:, -1], model(other)[:, -1])
 
 
 def test_cached_sampling_scores_like_an_uncached_pass(model):
@@ -158,8 +161,8 @@ def trained(workplace):
 
 
 def test_a_fresh_factorization_starts_at_the_base(trained):
-    """|NLL of y given (x, z_k) - base NLL of y| <= 5% for every k, on samples the slot was not fitted to; all the base's
-    weights are kept, the latents differ, and a section of ordinary embeddings would have broken it."""
+    """|NLL of y given (x, z_k) - base NLL of y| <= 5% for every k, on samples the slot was not fitted to; all the
+    base's weights are kept, the latents differ, and a section of ordinary embeddings would have broken it."""
     base, pairs, (ids, starts, _) = trained
     torch.manual_seed(0)
     nll = score_base(base, ids, starts).sum(dim=1).mean()
@@ -203,7 +206,8 @@ def test_clusters_mean_the_same_for_every_input_where_plain_distances_do_not():
     generator = torch.Generator().manual_seed(0)
     n, S = 60, 3
     x_index, strategy = torch.arange(n).repeat_interleave(S), torch.arange(S).repeat(n)
-    features = (10 * torch.randn(n, 40, generator=generator)[x_index] + 2 * torch.randn(S, 40, generator=generator)[strategy]
+    features = (10 * torch.randn(n, 40, generator=generator)[x_index]
+                + 2 * torch.randn(S, 40, generator=generator)[strategy]
                 + 0.5 * torch.randn(n * S, 40, generator=generator))
     prior, log_p = torch.full((S,), -math.log(S)), torch.full((n * S,), -math.log(S))
 

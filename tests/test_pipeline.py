@@ -16,8 +16,8 @@ import train_base
 from conftest import ROOT
 
 SHORT = ["configs/tiny_discrete.py", "--steps=4", "--held_steps=1", "--responsibility_steps=2", "--eval_every=2",
-         "--cluster_inputs=16", "--cluster_responses=6", "--cluster_members=1", "--slot_steps=2", "--pool_size=32", "--eval_inputs=8", "--eval_samples=2",
-         "--look_inputs=4", "--chunks=1"]
+         "--cluster_inputs=16", "--cluster_responses=6", "--cluster_members=1", "--slot_steps=2", "--pool_size=32",
+         "--eval_inputs=8", "--eval_samples=2", "--look_inputs=4", "--chunks=1"]
 
 
 def run(name, *flags):
@@ -36,7 +36,8 @@ def same(a, b):
 
 def program(*argv, cwd):
     """Runs a script as a user would; returns (exit code, output, lines on stderr)."""
-    done = subprocess.run([sys.executable, os.path.join(ROOT, argv[0]), *argv[1:]], cwd=cwd, capture_output=True, text=True)
+    command = [sys.executable, os.path.join(ROOT, argv[0]), *argv[1:]]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr.strip().splitlines()
 
 
@@ -78,7 +79,7 @@ def test_no_label_reaches_training(reference, monkeypatch):
 
 
 def test_a_loss_at_weight_zero_equals_the_run_without_it(reference):
-    """Explicit zeros for every auxiliary weight that is 0 by default; and a loss at another weight does change the run."""
+    """Explicit zeros for every auxiliary weight that is 0 by default."""
     zero = [f"--{name}_weight=0" for name in ("token_weighted", "posterior_entropy", "router_marginal_kl", "jsd")]
     assert same(run("zeros", *zero)[1], reference[1])
 
@@ -94,8 +95,8 @@ def test_every_loss_can_be_switched_on_and_takes_its_share(reference, term):
 
 def test_the_plain_elbo_is_reconstruction_plus_beta_kl(workplace):
     """J = R / c_base + beta KL, from the logged raw terms."""
-    log, _ = run("elbo", "--responsibility_steps=0", "--held_steps=0", "--cluster_inputs=0", "--router_support_weight=0",
-                 "--beta=0.3")
+    log, _ = run("elbo", "--responsibility_steps=0", "--held_steps=0", "--cluster_inputs=0",
+                 "--router_support_weight=0", "--beta=0.3")
     c_base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"]
     for entry in log:
         assert entry["objective"] == pytest.approx(entry["reconstruction"] / c_base + 0.3 * entry["kl"], rel=1e-5)
@@ -128,7 +129,8 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
         with open("out/moved/result.json") as f:
             assert set(json.load(f)) == {"config", "seed", "commit", "versions", "metrics"}
         assert all(math.isfinite(value) for value in metrics.values())
-        assert metrics["nll"] > 0 and 0 <= metrics["alignment_one_to_one"] <= metrics["local_strategy_coverage_mean"] <= 1
+        assert metrics["nll"] > 0
+        assert 0 <= metrics["alignment_one_to_one"] <= metrics["local_strategy_coverage_mean"] <= 1
     finally:
         os.rename("out/moved", "out/reference")
 
@@ -142,7 +144,8 @@ def test_matching_equals_brute_force_over_permutations():
             C = torch.rand(K, S, generator=generator)
             small, large = min(K, S), max(K, S)
             wide = C if K <= S else C.T
-            brute = max(sum(wide[i, p] for i, p in enumerate(perm)) for perm in itertools.permutations(range(large), small))
+            brute = max(sum(wide[i, p] for i, p in enumerate(perm))
+                        for perm in itertools.permutations(range(large), small))
             score, matching = evaluate.one_to_one_matching(C)
             used = [s for s in matching if s is not None]
             assert len(matching) == K and len(set(used)) == len(used) == small
@@ -161,7 +164,8 @@ def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
     monkeypatch.setattr(evaluate, "sample_ys", lambda *args, **kwargs: ys)
     metrics, _ = evaluate.controlled(GPT(GPTConfig(len(tokenizer), 2)), task, tokenizer, xs, 0)
     assert metrics["local_strategy_coverage_mean"] == 1 and metrics["controlled_final_answer_accuracy"] == 1
-    assert metrics["alignment_one_to_one"] == pytest.approx(1 / 3)  # 2 latents, 3 strategies, each right on half: 1 / max(K, S)
+    # 2 latents, each right on half of the inputs, over max(K, S) = 3
+    assert metrics["alignment_one_to_one"] == pytest.approx(1 / 3)
     assert metrics["permutation_gap"] == pytest.approx(2 / 3)
 
 
@@ -184,7 +188,7 @@ def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
     (["evaluate.py", "out/reference", "--x=1 2 hop 3 4"], "not in the task's vocabulary"),
 ])
 def test_a_mistake_of_the_user_is_one_line_and_a_non_zero_exit(reference, monkeypatch, argv, words):
-    """The program itself, in this process: it exits with a message, which Python prints as one line with exit code 1."""
+    """The program itself, in this process: it exits with a message, which Python prints, with exit code 1."""
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(os.path.join(ROOT, argv[0]), run_name="__main__")
@@ -216,7 +220,7 @@ def test_an_int_widens_to_float_and_nothing_else_changes_type(workplace):
 
 
 def test_a_non_finite_loss_names_its_term_and_saves_nothing(workplace, monkeypatch):
-    """An infinite KL stops the run at its step; the checkpoint of an earlier run of that name survives, byte for byte."""
+    """An infinite KL stops the run at its step; the checkpoint of an earlier run of that name survives."""
     import losses
     folder = factorize.factorize(configs.load(factorize, [*SHORT, "--name=survivor"]))
     before = open(os.path.join(folder, "ckpt.pt"), "rb").read()

@@ -51,10 +51,12 @@ def test_every_logged_number_is_explained(workplace):
     import evaluate
     folder = factorize.factorize(configs.load(factorize, [
         "configs/tiny_discrete.py", "--name=logged", "--steps=2", "--held_steps=1", "--responsibility_steps=1",
-        "--cluster_inputs=16", "--cluster_responses=6", "--cluster_members=1", "--slot_steps=2", "--pool_size=64", "--eval_inputs=4", "--eval_samples=2"]))
+        "--cluster_inputs=16", "--cluster_responses=6", "--cluster_members=1", "--slot_steps=2", "--pool_size=64",
+        "--eval_inputs=4", "--eval_samples=2"]))
     metrics = evaluate.evaluate(folder)
     with open(os.path.join(folder, "log.jsonl")) as f:
         keys = set(metrics) | {key for line in f for key in json.loads(line)}
-    explained = re.findall(r"`(\w+|loss_fraction_<term>)`", README.split("## What the numbers mean")[1].split("\n## ")[0])
+    section = README.split("## What the numbers mean")[1].split("\n## ")[0]
+    explained = re.findall(r"`(\w+|loss_fraction_<term>)`", section)
     assert {k for k in keys if not k.startswith("loss_fraction_")} <= set(explained)
     assert "loss_fraction_<term>" in explained
