@@ -64,7 +64,7 @@ class Config:
     distillation_weight: float = 1.0  # of posterior and router towards the responsibilities, before the ELBO
     # optimisation
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
-    lr: float = 0.005  # peak learning rate of Muon's matrices
+    lr: float = 0.003  # peak learning rate of Muon's matrices
     adamw_lr: float = 3e-3  # peak learning rate of AdamW's parameters
     posterior_lr: float = 3e-3  # peak learning rate of the posterior, by AdamW
     weight_decay: float = 0.0  # decoupled, as in AdamW
