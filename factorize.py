@@ -44,7 +44,7 @@ class Config:
     chunks: int = 4  # pieces of a batch, sorted by length, so that little is spent on padding; same gradient
     # stages
     slot_steps: int = 80  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
-    cluster_inputs: int = 384  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
+    cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
     cluster_responses: int = 12  # responses to each of them
     cluster_members: int = 24  # clusterings that vote
     held_steps: int = 150  # steps whose labels come from the posterior as it started
@@ -102,9 +102,10 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
     index = torch.tensor(list(first.values()))
     distinct = pairs.rows(index)
     features = q.fit_statistics(distinct)
-    evenly = features.shape[1] // 2  # features pooled with equal weights: the others say too much about x
-    log_t, agreement = cluster_responses(features[:, :evenly], index // cfg.cluster_responses, -distinct.b.sum(dim=1),
-                                         log_prior, torch.Generator().manual_seed(cfg.seed), cfg.cluster_members)
+    # those pooled with equal weights: the others say too much about x
+    evenly = features[:, :features.shape[1] // 2].view(len(features), base.config.n_layer, -1)
+    log_t, agreement = cluster_responses(evenly, index // cfg.cluster_responses, -distinct.b.sum(dim=1), log_prior,
+                                         torch.Generator().manual_seed(cfg.seed), cfg.cluster_members)
     q.fit_head(features, log_t)
     return agreement
 

@@ -87,28 +87,30 @@ class Posterior(nn.Module):
         return F.log_softmax(self.head(self.features(pairs)), dim=1)
 
 
-def cluster_responses(features, x_index, log_p, log_prior, generator, members=24, restarts=6):
+def cluster_responses(features, x_index, log_p, log_prior, generator, members=24, restarts=5):
     """K clusters of responses that mean the same for every input: the consensus of many constrained k-means.
 
-    features (N, F) of distinct responses; x_index (N,): which input each one answers; log_p (N,): log p_theta(y|x).
+    features (N, L, C) of distinct responses; x_index (N,): which input each one answers; log_p (N,): log p_theta(y|x).
     1. Contrast within x: subtract the mean over the responses to the same input, so that x itself is gone.
-    2. Cluster a random half of the features, whitened (constrained_kmeans), `members` times; of each time's restarts
-       the one with the least scatter counts. A member mistakes one strategy for another on some kind of input; which
-       kind depends on the features it saw.
-    3. Consensus [3]: members name their clusters as the others do (best one-to-one matching), then they vote; the half
-       that agrees best with the vote votes again, until it stands.
+    2. Cluster a random half of the features of random layers, whitened (constrained_kmeans), `members` times; of each
+       time's restarts the one with the least scatter counts. A member mistakes one strategy for another on some kind of
+       input; which kind depends on the features it saw.
+    3. Consensus [3]: members name their clusters as the others do (best one-to-one matching), then they vote; the three
+       quarters that agree best with the vote vote again, until it stands.
     Returns log T (N, K), the votes shared out within every input as the prior says, and the voters' mean agreement with
     their vote, a number between 1/K and 1 that tells without a label how well the clusters stand.
     """
     weight = torch.zeros(int(x_index.max()) + 1).index_add(0, x_index, log_p.exp())
     weight = log_p.exp() / weight[x_index]  # p(y|x) over the responses seen for this x
-    mean = torch.zeros(int(x_index.max()) + 1, features.shape[1]).index_add(0, x_index, features * weight[:, None])
-    centred = features - mean[x_index]
+    mean = torch.zeros(int(x_index.max()) + 1, *features.shape[1:])
+    centred = features - mean.index_add(0, x_index, features * weight[:, None, None])[x_index]
+    L = features.shape[1]
     votes = []
     for _ in range(members):
-        half = torch.randperm(features.shape[1], generator=generator)[:features.shape[1] // 2]
-        dims = int(torch.randint(20, 37, (1,), generator=generator))
-        u = torch.linalg.svd(centred[:, half], full_matrices=False).U[:, :dims] * len(features) ** 0.5  # unit variance
+        n_layers, dims = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((1, L + 1), (20, 37)))
+        seen = centred[:, torch.randperm(L, generator=generator)[:n_layers]].flatten(1)
+        seen = seen[:, torch.randperm(seen.shape[1], generator=generator)[:seen.shape[1] // 2]]
+        u = torch.linalg.svd(seen, full_matrices=False).U[:, :dims] * len(features) ** 0.5  # unit variance
         tries = [constrained_kmeans(u, x_index, weight, log_prior, generator) for _ in range(restarts)]
         votes.append(min(tries, key=lambda log_t_and_scatter: log_t_and_scatter[1])[0].exp())
 
@@ -120,7 +122,7 @@ def cluster_responses(features, x_index, log_p, log_prior, generator, members=24
     for _ in range(6):
         votes = [vote[:, torch.tensor(one_to_one_matching(overlap(consensus, vote))[1])] for vote in votes]
         votes.sort(key=lambda vote: -overlap(vote, consensus).trace())
-        voters = votes[:(members + 1) // 2]
+        voters = votes[:math.ceil(0.75 * members)]
         consensus = torch.stack(voters).mean(dim=0)
     agreement = sum(overlap(vote, consensus).trace().item() for vote in voters) / len(voters)
     return balanced_responsibilities(4 * consensus.clamp(min=1e-6).log(), log_prior, x_index, weight.log()), agreement

@@ -53,8 +53,13 @@ def make_task(name, sizes):
     if name not in TASKS:
         fail(f"config key 'task': unknown task '{name}', known: {', '.join(TASKS)}")
     try:
-        return TASK_FUNCTIONS[name](**sizes)
-    except TypeError as e:
+        task = TASK_FUNCTIONS[name](**sizes)
+        for i in range(20):  # a first look: sizes may leave no inputs, or numbers that the vocabulary cannot write
+            record_batch(task, Tokenizer(task.vocab), [1.0] * len(task.strategies), random.Random(i), 1, test=i % 2 == 0)
+        return task
+    except KeyError as e:
+        fail(f"config key 'task_sizes': {e} is not in the vocabulary of {name}")
+    except (TypeError, ValueError) as e:
         fail(f"config key 'task_sizes': {e}")
 
 

@@ -212,7 +212,8 @@ def test_clusters_mean_the_same_for_every_input_where_plain_distances_do_not():
     prior, log_p = torch.full((S,), -math.log(S)), torch.full((n * S,), -math.log(S))
 
     def labels(features):
-        return cluster_responses(features, x_index, log_p, prior, torch.Generator().manual_seed(1), members=4)[0]
+        layers, generator = features.view(n * S, 2, 20), torch.Generator().manual_seed(1)
+        return cluster_responses(layers, x_index, log_p, prior, generator, members=4)[0]
 
     log_t = labels(features)
     joint = torch.zeros(S, S).index_put_((log_t.argmax(dim=1), strategy), torch.ones(n * S), accumulate=True) / n

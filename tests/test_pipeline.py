@@ -180,6 +180,8 @@ def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
     (["train_base.py", "configs/tiny_base.py", "--task=sort"], "unknown task 'sort'"),
     (["train_base.py", "configs/tiny_base.py", "--strategy_weights=[1.0]"], "takes 3 weights"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'sides': 3}"], "task_sizes"),
+    (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 1}"], "no input on which all strategies"),
+    (["train_base.py", "configs/summation_base.py", "--task_sizes={'max_value': 12}"], "not in the vocabulary"),
     (["train_base.py", "configs/tiny_base.py", "--block_size=16"], "block_size"),
     (["evaluate.py", "out/nothing"], "does not exist"),
     (["evaluate.py", "out/tiny_base"], "is no factorization checkpoint"),
