@@ -6,7 +6,7 @@ Likelihood cannot tell a latent that means one strategy for every x from one tha
 and B on the other half. What can is a posterior too simple to say "A here, B there": one linear map of what a frozen
 base knows about a solution *beyond its tokens*. That is Posterior; cluster_responses finds its first labels.
 [1] Cuturi 2013, arXiv 1306.0895 (Sinkhorn)     [2] Arthur & Vassilvitskii 2007 (k-means++)
-[3] Strehl & Ghosh 2002, JMLR 3 (cluster ensembles); Ho 1998 (random subspaces)
+[3] Strehl & Ghosh 2002, JMLR 3 (cluster ensembles); Ho 1998 (random subspaces)     [4] Kuhn 1955; Munkres 1957
 """
 import copy
 import math
@@ -107,7 +107,8 @@ def cluster_responses(features, x_index, log_p, log_prior, generator, members=24
     L = features.shape[1]
     votes = []
     for _ in range(members):
-        n_layers, dims = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((1, L + 1), (20, 37)))
+        n_layers = int(torch.randint(1, L + 1, (1,), generator=generator))
+        dims = int(torch.randint(20, 37, (1,), generator=generator))
         seen = centred[:, torch.randperm(L, generator=generator)[:n_layers]].flatten(1)
         seen = seen[:, torch.randperm(seen.shape[1], generator=generator)[:seen.shape[1] // 2]]
         u = torch.linalg.svd(seen, full_matrices=False).U[:, :dims] * len(features) ** 0.5  # unit variance
@@ -147,16 +148,30 @@ def constrained_kmeans(u, x_index, weight, log_prior, generator, iterations=30):
 
 def one_to_one_matching(C):
     """C (K, S) -> (score, matching): the largest sum of C[z, matching[z]] over matchings in which no column serves two
-    rows; matching[z] is None for a row left over. Exact, by dynamic programming over sets of used columns."""
-    best = {0: (0.0, [])}  # set of used columns, as bits -> best score and matching of the rows so far
-    for row in C.tolist():
-        step = {}
-        for used, (score, matching) in best.items():
-            for s in [None, *range(len(row))]:
-                if s is not None and used >> s & 1:
-                    continue
-                key, value = (used, score) if s is None else (used | 1 << s, score + row[s])
-                if key not in step or value > step[key][0]:
-                    step[key] = (value, matching + [s])
-        best = step
-    return max(best.values(), key=lambda item: item[0])
+    rows; matching[z] is None for a row left over where K > S. Exact: Hungarian algorithm [4], a shortest augmenting
+    path for every row, over reduced costs -C[i, j] - row[i] - column[j] >= 0."""
+    rows = C.tolist() if C.shape[0] <= C.shape[1] else C.T.tolist()
+    n, m = len(rows), len(rows[0])
+    row, column = [0.0] * n, [0.0] * (m + 1)  # potentials
+    owner = [None] * (m + 1)  # the row that each column serves; column m stands for "not served yet"
+    for i in range(n):
+        owner[m], j, reached = i, m, set()
+        distance, previous = [math.inf] * m, [None] * m
+        while owner[j] is not None:
+            reached.add(j)
+            for k in set(range(m)) - reached:
+                reduced = -rows[owner[j]][k] - row[owner[j]] - column[k]
+                if reduced < distance[k]:
+                    distance[k], previous[k] = reduced, j
+            nearest = min(set(range(m)) - reached, key=lambda k: distance[k])
+            step = distance[nearest]
+            for k in reached:
+                row[owner[k]] += step
+                column[k] -= step
+            distance = [d - step for d in distance]
+            j = nearest
+        while j != m:  # the path's columns change hands
+            owner[j], j = owner[previous[j]], previous[j]
+    pairs = [(owner[j], j) for j in range(m) if owner[j] is not None]
+    matching = dict(pairs) if C.shape[0] <= C.shape[1] else {j: i for i, j in pairs}
+    return sum(rows[i][j] for i, j in pairs), [matching.get(z) for z in range(C.shape[0])]

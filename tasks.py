@@ -100,8 +100,8 @@ class Task:
         return zlib.crc32(" ".join(x).encode()) % 10 == 0
 
     def sample_input(self, rng, test=None):
-        """Draws x with random.Random `rng`; test=True or False keeps only that side of the split. Raises ValueError where
-        the task's sizes leave no input on which all strategies differ."""
+        """Draws x with random.Random `rng`; test=True or False keeps only that side of the split. Raises ValueError
+        where the task's sizes leave no input on which all strategies differ."""
         for _ in range(10000):
             x = self.draw(rng)
             if test in (None, self.is_test_input(x)) and self.is_valid_input(x):

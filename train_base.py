@@ -54,8 +54,8 @@ def make_task(name, sizes):
         fail(f"config key 'task': unknown task '{name}', known: {', '.join(TASKS)}")
     try:
         task = TASK_FUNCTIONS[name](**sizes)
-        for i in range(20):  # a first look: sizes may leave no inputs, or numbers that the vocabulary cannot write
-            record_batch(task, Tokenizer(task.vocab), [1.0] * len(task.strategies), random.Random(i), 1, test=i % 2 == 0)
+        for test in (False, True):  # sizes may leave no inputs, or numbers that the vocabulary cannot write
+            record_batch(task, Tokenizer(task.vocab), [1.0] * len(task.strategies), random.Random(0), 20, test)
         return task
     except KeyError as e:
         fail(f"config key 'task_sizes': {e} is not in the vocabulary of {name}")
