@@ -52,7 +52,7 @@ def discrete_rows(pattern):
 
 
 TABLES = {"base": base_table, "discrete": lambda: discrete_rows("*_discrete_seed*.json"),
-          "elbo": lambda: discrete_rows("ablations/*_elbo_seed*.json")}
+          "ablations": lambda: discrete_rows("ablations/*.json")}
 
 
 def filled(readme):
