@@ -93,6 +93,26 @@ def test_every_loss_can_be_switched_on_and_takes_its_share(reference, term):
     assert sum(fractions) == pytest.approx(1)
 
 
+def test_labels_are_the_posteriors_while_held_and_the_generators_afterwards(workplace):
+    """T = softmax(held_alpha log q), then Sinkhorn(log p / tau + alpha log q) over the pool: pair by pair, in order."""
+    cfg = configs.load(factorize, [*SHORT, "--held_steps=5", "--held_alpha=3", "--tau=0.7", "--alpha=2"])
+    base, task, _ = factorize.get_base(cfg)
+    pool = factorize.draw_pairs(base, task, factorize.Tokenizer(task.vocab), 32, 1, "labels")
+    torch.manual_seed(0)
+    model = base.with_latents(3, pool, steps=1).requires_grad_(False)
+    model.embed.weight[-3:] += torch.randn(3, 64)
+    q, prior = factorize.Posterior(base, 3), torch.full((3,), -math.log(3))
+    q.fit_statistics(pool)
+    one = [pool.rows(torch.tensor([i])) for i in range(32)]
+    logq = torch.cat([q(pair) for pair in one]).detach()
+    logp = torch.cat([-factorize.score_latents(model, pair.ids, pair.starts)[0].sum(dim=2) for pair in one])
+    got_q, held = factorize.label(model, q, pool, cfg, 4, prior)
+    assert torch.allclose(got_q, logq, atol=1e-4) and torch.allclose(held, (3 * logq).log_softmax(dim=1), atol=1e-3)
+    _, later = factorize.label(model, q, pool, cfg, 5, prior)
+    want = factorize.losses.balanced_responsibilities(logp / 0.7 + 2 * logq, prior)
+    assert torch.allclose(later.exp(), want.exp(), atol=1e-3) and logp.std() > 0.1 and logq.std() > 0.1
+
+
 def test_the_plain_elbo_is_reconstruction_plus_beta_kl(workplace):
     """J = R / c_base + beta KL, from the logged raw terms."""
     log, _ = run("elbo", "--responsibility_steps=0", "--held_steps=0", "--cluster_inputs=0",
