@@ -46,7 +46,7 @@ class Config:
     slot_steps: int = 80  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
     cluster_responses: int = 12  # responses to each of them
-    cluster_members: int = 24  # clusterings that vote
+    cluster_restarts: int = 64  # starts of the clustering, of which the best counts
     held_steps: int = 150  # steps whose labels come from the posterior as it started
     responsibility_steps: int = 400  # further steps with balanced responsibilities; the remaining ones train the ELBO
     tau: float = 1.0  # temperature of log p(y|x,z) in the responsibilities
@@ -94,19 +94,19 @@ def compare_to_base(model, pairs):
 
 
 def start_posterior(q, base, task, tokenizer, cfg, log_prior):
-    """Clusters responses of the base, fits the posterior's head to the clusters; returns how well clusterings agree."""
+    """Clusters responses of the base, fits the posterior's head to the clusters; returns the share of restarts that
+    agree on them."""
     pairs = draw_pairs(base, task, tokenizer, cfg.cluster_inputs, cfg.cluster_responses, f"clusters {cfg.seed}")
     first = {}  # a response that came up several times is one response, weighted by its probability
     for i, row in enumerate(pairs.ids.tolist()):
         first.setdefault((i // cfg.cluster_responses, *row), i)
     index = torch.tensor(list(first.values()))
     distinct = pairs.rows(index)
-    features = q.fit_statistics(distinct)
-    # those pooled with equal weights: the others say too much about x
-    evenly = features[:, :features.shape[1] // 2].view(len(features), base.config.n_layer, -1)
-    log_t, agreement = cluster_responses(evenly, index // cfg.cluster_responses, -distinct.b.sum(dim=1), log_prior,
-                                         torch.Generator().manual_seed(cfg.seed), cfg.cluster_members)
-    q.fit_head(features, log_t)
+    features, log_p = q.fit_statistics(distinct), -distinct.b.sum(dim=1)
+    evenly = features[:, :features.shape[1] // 2]  # those pooled with equal weights: the others say too much about x
+    log_t, agreement = cluster_responses(evenly, index // cfg.cluster_responses, log_p, log_prior,
+                                         torch.Generator().manual_seed(cfg.seed), cfg.cluster_restarts)
+    q.fit_head(features, log_t, log_p.exp())
     return agreement
 
 
@@ -171,7 +171,7 @@ def factorize(cfg):
           f"by at most {start_nll_error:.1%}", flush=True)
     if cfg.cluster_inputs:
         agreement = start_posterior(q, base, task, tokenizer, cfg, log_prior)
-        print(f"{cfg.name}: {cfg.cluster_members} clusterings of the base's responses agree on {agreement:.2f}, "
+        print(f"{cfg.name}: {agreement:.0%} of {cfg.cluster_restarts} restarts found the same clusters, "
               f"{(time.time() - start) / 60:.1f} min", flush=True)
     elbo_step = cfg.held_steps + cfg.responsibility_steps
     shown = {}

@@ -77,17 +77,21 @@ def balanced_responsibilities(scores, log_prior, group=None, log_weight=None, it
     """T = Sinkhorn(scores): rows sum to 1, and the weighted mean of the rows of each group is the prior, so that no
     latent dies and none takes all. Of all such couplings the closest to softmax(scores) in KL [2, 3].
 
-    scores (B, K), for example log p(y|x,z) / tau; log_prior (K,); group (B,) of integers from 0 and log_weight (B,)
-    that sums to 1 in every group; by default one group, the batch, of equal weights. Returns log T (B, K), without
-    gradient: T is a target, and following it through its own constraints would reward gaming them.
+    scores (B, K), for example log p(y|x,z) / tau; log_prior (K,); group (B,) of integers from 0 and log_weight (B,);
+    by default one group, the batch, of equal weights. Weights sum to 1 in every group, or to less: what is missing
+    counts as one more row, of score 0, such as the responses to an x that were not sampled. Returns log T (B, K),
+    without gradient: T is a target, and following it through its own constraints would reward gaming them.
     """
     if group is None:
         group = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
         log_weight = torch.full((len(scores),), -math.log(len(scores)), device=scores.device)
     shift = torch.zeros(int(group.max()) + 1, scores.shape[1], device=scores.device)  # log potential of (group, latent)
+    missing = 1 - torch.zeros(len(shift), device=scores.device).index_add(0, group, log_weight.exp())
+    log_missing = torch.where(missing > 1e-5, missing, 0).log()[:, None]
     for _ in range(iterations):
         log_t = F.log_softmax(scores + shift[group], dim=1)
-        shift += log_prior - grouped_logsumexp(log_t + log_weight[:, None], group, len(shift))
+        mass = grouped_logsumexp(log_t + log_weight[:, None], group, len(shift))
+        shift += log_prior - torch.logaddexp(mass, F.log_softmax(shift, dim=1) + log_missing)
     return F.log_softmax(scores + shift[group], dim=1)
 
 

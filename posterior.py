@@ -6,7 +6,7 @@ Likelihood cannot tell a latent that means one strategy for every x from one tha
 and B on the other half. What can is a posterior too simple to say "A here, B there": one linear map of what a frozen
 base knows about a solution *beyond its tokens*. That is Posterior; cluster_responses finds its first labels.
 [1] Cuturi 2013, arXiv 1306.0895 (Sinkhorn)     [2] Arthur & Vassilvitskii 2007 (k-means++)
-[3] Strehl & Ghosh 2002, JMLR 3 (cluster ensembles); Ho 1998 (random subspaces)     [4] Kuhn 1955; Munkres 1957
+[3] Kuhn 1955; Munkres 1957 (Hungarian algorithm)
 """
 import copy
 import math
@@ -71,11 +71,12 @@ class Posterior(nn.Module):
         self.std.copy_(features.std(dim=0) + 1e-6)
         return (features - self.mean) / self.std
 
-    def fit_head(self, features, log_t, steps=200, lr=1e-2, weight_decay=0.01):
-        """Fits the head to labels exp(log_t) (N, K) by penalised cross-entropy, full batch."""
+    def fit_head(self, features, log_t, weight, steps=200, lr=1e-2, weight_decay=0.01):
+        """Fits the head to labels exp(log_t) (N, K) by penalised cross-entropy, full batch, weighted by `weight` (N,)."""
         optimizer = torch.optim.Adam(self.head.parameters(), lr)
         for _ in range(steps):
-            loss = -(log_t.exp() * F.log_softmax(self.head(features), dim=1)).sum(dim=1).mean()
+            nll = -(log_t.exp() * F.log_softmax(self.head(features), dim=1)).sum(dim=1)
+            loss = (weight * nll).sum() / weight.sum()
             loss = loss + weight_decay * self.head.weight.square().sum()
             optimizer.zero_grad()
             loss.backward()
@@ -87,68 +88,62 @@ class Posterior(nn.Module):
         return F.log_softmax(self.head(self.features(pairs)), dim=1)
 
 
-def cluster_responses(features, x_index, log_p, log_prior, generator, members=24, restarts=5):
-    """K clusters of responses that mean the same for every input: the consensus of many constrained k-means.
+def cluster_responses(features, x_index, log_p, log_prior, generator, restarts=64, dims=(40, 80, 160)):
+    """K clusters of responses that mean the same for every input.
 
-    features (N, L, C) of distinct responses; x_index (N,): which input each one answers; log_p (N,): log p_theta(y|x).
+    features (N, F) of distinct responses; x_index (N,): which input each one answers; log_p (N,): log p_theta(y|x).
     1. Contrast within x: subtract the mean over the responses to the same input, so that x itself is gone.
-    2. Cluster a random half of the features of random layers, whitened (constrained_kmeans), `members` times; of each
-       time's restarts the one with the least scatter counts. A member mistakes one strategy for another on some kind of
-       input; which kind depends on the features it saw.
-    3. Consensus [3]: members name their clusters as the others do (best one-to-one matching), then they vote; the three
-       quarters that agree best with the vote vote again, until it stands.
-    Returns log T (N, K), the votes shared out within every input as the prior says, and the voters' mean agreement with
-    their vote, a number between 1/K and 1 that tells without a label how well the clusters stand.
+    2. Whiten: principal components, each of unit variance.
+    3. Cluster the first 12 to 28 components from a k-means++ start [2], the temperature falling; then go on from these
+       clusters in more and more components (`dims`). Few components find clusters, but mix up similar strategies; many
+       tell them apart, but trap a k-means that starts there.
+    4. Of all restarts the one with the least scatter in the end counts.
+    Returns log T (N, K) and the share of restarts that ended in the same clusters (98% of the probability).
     """
-    weight = torch.zeros(int(x_index.max()) + 1).index_add(0, x_index, log_p.exp())
-    weight = log_p.exp() / weight[x_index]  # p(y|x) over the responses seen for this x
-    mean = torch.zeros(int(x_index.max()) + 1, *features.shape[1:])
-    centred = features - mean.index_add(0, x_index, features * weight[:, None, None])[x_index]
-    L = features.shape[1]
-    votes = []
-    for _ in range(members):
-        n_layers = int(torch.randint(1, L + 1, (1,), generator=generator))
-        dims = int(torch.randint(20, 37, (1,), generator=generator))
-        seen = centred[:, torch.randperm(L, generator=generator)[:n_layers]].flatten(1)
-        seen = seen[:, torch.randperm(seen.shape[1], generator=generator)[:seen.shape[1] // 2]]
-        u = torch.linalg.svd(seen, full_matrices=False).U[:, :dims] * len(features) ** 0.5  # unit variance
-        tries = [constrained_kmeans(u, x_index, weight, log_prior, generator) for _ in range(restarts)]
-        votes.append(min(tries, key=lambda log_t_and_scatter: log_t_and_scatter[1])[0].exp())
+    n_inputs, N = int(x_index.max()) + 1, len(features)
+    weight = log_p.exp() / torch.zeros(n_inputs).index_add(0, x_index, log_p.exp())[x_index]
+    mean = torch.zeros(n_inputs, features.shape[1]).index_add(0, x_index, features * weight[:, None])
+    centred = features - mean[x_index]
+    variance, directions = torch.linalg.eigh(centred.T @ centred / N)  # by rising variance
+    n_components = min(dims[-1], features.shape[1], max(N // 8, len(log_prior)))  # more would be noise
+    u = centred @ directions.flip(1)[:, :n_components] / variance.flip(0)[:n_components].clamp(min=1e-8).sqrt()
+    found = []
+    for _ in range(restarts):
+        few = u[:, :int(torch.randint(12, 29, (1,), generator=generator))]
+        centroids = few[torch.randint(N, (1,), generator=generator)]
+        while len(centroids) < len(log_prior):
+            distance = torch.cdist(few, centroids).min(dim=1).values.square()
+            centroids = torch.cat((centroids, few[torch.multinomial(distance, 1, generator=generator)]))
+        falling = [4.0 * 0.05 ** (i / 19) for i in range(20)]
+        t, _ = constrained_kmeans(few, centroids, falling, x_index, log_p, weight, log_prior)
+        for d in dims:
+            centroids = (t.T @ u[:, :d]) / t.sum(dim=0)[:, None]
+            t, scatter = constrained_kmeans(u[:, :d], centroids, 4 * [0.2], x_index, log_p, weight, log_prior)
+        found.append((scatter, t))
+    best = min(found, key=lambda scatter_and_t: scatter_and_t[0])[1]
 
-    def overlap(a, b):  # (K, K): weight of the responses that a puts in one cluster and b in the other
-        return (a * weight[:, None]).T @ b / weight.sum()
+    def overlap(a, b):  # (K, K): probability of the responses that are likeliest in one cluster of a and one of b
+        a, b = (F.one_hot(t.argmax(dim=1), len(log_prior)).float() for t in (a, b))
+        return (a * weight[:, None]).T @ b
 
-    scores = [sum(one_to_one_matching(overlap(a, b))[0] for b in votes) for a in votes]
-    consensus = votes[scores.index(max(scores))]  # the member closest to all others gives the names
-    for _ in range(6):
-        votes = [vote[:, torch.tensor(one_to_one_matching(overlap(consensus, vote))[1])] for vote in votes]
-        votes.sort(key=lambda vote: -overlap(vote, consensus).trace())
-        voters = votes[:math.ceil(0.75 * members)]
-        consensus = torch.stack(voters).mean(dim=0)
-    agreement = sum(overlap(vote, consensus).trace().item() for vote in voters) / len(voters)
-    return balanced_responsibilities(4 * consensus.clamp(min=1e-6).log(), log_prior, x_index, weight.log()), agreement
+    same = [one_to_one_matching(overlap(t, best))[0] > 0.98 * n_inputs for _, t in found]
+    return (best / weight[:, None]).log(), sum(same) / restarts
 
 
-def constrained_kmeans(u, x_index, weight, log_prior, generator, iterations=30):
-    """Soft k-means (k-means++ start [2], falling temperature) of whitened u (N, dims) in which *every input on its own*
-    shares its responses, weighted by p(y|x), among the clusters as the prior says: two different responses to one input
-    cannot hide in one cluster while another one stays empty. Returns log T (N, K) and the scatter within clusters."""
-    centroids = u[torch.randint(len(u), (1,), generator=generator)]
-    while len(centroids) < len(log_prior):
-        distance = torch.cdist(u, centroids).min(dim=1).values.square()
-        centroids = torch.cat((centroids, u[torch.multinomial(distance, 1, generator=generator)]))
-    for i in range(iterations):
-        temperature = 4.0 * 0.05 ** (i / (iterations - 1))
-        log_t = balanced_responsibilities(-torch.cdist(u, centroids).square() / temperature, log_prior, x_index,
-                                          weight.log(), iterations=15)
-        t = log_t.exp() * weight[:, None]
+def constrained_kmeans(u, centroids, temperatures, x_index, log_p, weight, log_prior):
+    """Soft k-means of u (N, d) in which *every input on its own* shares its responses among the clusters as the prior
+    says: two different responses to one input cannot hide in one cluster while another one stays empty. weight (N,) is
+    p(y|x), scaled to sum to 1 for every x. Returns weight times T (N, K) and the scatter within clusters."""
+    for temperature in temperatures:
+        scores = -torch.cdist(u, centroids).square() / temperature
+        t = balanced_responsibilities(scores, log_prior, x_index, log_p, iterations=10).exp() * weight[:, None]
         centroids = (t.T @ u) / t.sum(dim=0)[:, None]
-    return log_t, (t * torch.cdist(u, centroids).square()).sum().item()
+    return t, (t * torch.cdist(u, centroids).square()).sum().item()
 
 
 def one_to_one_matching(C):
     """C (K, S) -> (score, matching): the largest sum of C[z, matching[z]] over matchings in which no column serves two
-    rows; matching[z] is None for a row left over where K > S. Exact: Hungarian algorithm [4], a shortest augmenting
+    rows; matching[z] is None for a row left over where K > S. Exact: Hungarian algorithm [3], a shortest augmenting
     path for every row, over reduced costs -C[i, j] - row[i] - column[j] >= 0."""
     rows = C.tolist() if C.shape[0] <= C.shape[1] else C.T.tolist()
     n, m = len(rows), len(rows[0])

@@ -134,6 +134,17 @@ def test_responsibilities_have_the_prior_as_column_means_and_rows_that_sum_to_on
     assert torch.allclose(t.exp().mean(dim=0), torch.tensor(prior), atol=1e-3)
 
 
+def test_responsibilities_leave_room_for_responses_that_were_not_sampled():
+    """Weights that sum to 0.7 are as good as one more row, of score 0 and weight 0.3."""
+    scores = 3 * torch.randn(5, K, generator=torch.Generator().manual_seed(11))
+    prior, group = torch.full((K,), -math.log(K)), torch.zeros(6, dtype=torch.long)
+    weight = torch.tensor([0.2, 0.1, 0.25, 0.05, 0.1, 0.3]).log()
+    want = losses.balanced_responsibilities(torch.cat((scores, torch.zeros(1, K))), prior, group, weight)[:5]
+    got = losses.balanced_responsibilities(scores, prior, group[:5], weight[:5])
+    assert torch.allclose(got, want, atol=1e-4)
+    assert not torch.allclose(got, losses.balanced_responsibilities(scores, prior), atol=1e-2)
+
+
 def test_responsibilities_of_groups_are_those_of_each_group_alone():
     generator = torch.Generator().manual_seed(7)
     scores, group = torch.randn(30, K, generator=generator), torch.arange(30) % 3

@@ -204,7 +204,7 @@ def test_clusters_mean_the_same_for_every_input_where_plain_distances_do_not():
     """features = large offset of x + direction of the strategy + noise, one response a strategy: constrained, centred
     k-means finds the strategies; the nearest raw centroids, which are those of x, do not. Same seed, same labels."""
     generator = torch.Generator().manual_seed(0)
-    n, S = 60, 3
+    n, S = 200, 3
     x_index, strategy = torch.arange(n).repeat_interleave(S), torch.arange(S).repeat(n)
     features = (10 * torch.randn(n, 40, generator=generator)[x_index]
                 + 2 * torch.randn(S, 40, generator=generator)[strategy]
@@ -212,11 +212,11 @@ def test_clusters_mean_the_same_for_every_input_where_plain_distances_do_not():
     prior, log_p = torch.full((S,), -math.log(S)), torch.full((n * S,), -math.log(S))
 
     def labels(features):
-        layers, generator = features.view(n * S, 2, 20), torch.Generator().manual_seed(1)
-        return cluster_responses(layers, x_index, log_p, prior, generator, members=8)
+        generator = torch.Generator().manual_seed(1)
+        return cluster_responses(features, x_index, log_p, prior, generator, restarts=8)
 
     log_t, agreement = labels(features)
-    assert agreement > 0.95  # whatever each member calls its clusters
+    assert agreement > 0.5  # whatever a restart calls its clusters
     joint = torch.zeros(S, S).index_put_((log_t.argmax(dim=1), strategy), torch.ones(n * S), accumulate=True) / n
     assert joint.max(dim=1).values.min() > 0.95 and joint.max(dim=0).values.min() > 0.95
     assert torch.equal(log_t, labels(features)[0])

@@ -16,7 +16,7 @@ import train_base
 from conftest import ROOT
 
 SHORT = ["configs/tiny_discrete.py", "--steps=4", "--held_steps=1", "--responsibility_steps=2", "--eval_every=2",
-         "--cluster_inputs=16", "--cluster_responses=6", "--cluster_members=1", "--slot_steps=2", "--pool_size=32",
+         "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2", "--pool_size=32",
          "--eval_inputs=8", "--eval_samples=2", "--look_inputs=4", "--chunks=1"]
 
 

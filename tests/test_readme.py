@@ -51,7 +51,7 @@ def test_every_logged_number_is_explained(workplace):
     import evaluate
     folder = factorize.factorize(configs.load(factorize, [
         "configs/tiny_discrete.py", "--name=logged", "--steps=2", "--held_steps=1", "--responsibility_steps=1",
-        "--cluster_inputs=16", "--cluster_responses=6", "--cluster_members=1", "--slot_steps=2", "--pool_size=64",
+        "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2", "--pool_size=64",
         "--eval_inputs=4", "--eval_samples=2"]))
     metrics = evaluate.evaluate(folder)
     with open(os.path.join(folder, "log.jsonl")) as f:
