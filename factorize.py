@@ -103,7 +103,9 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
     index = torch.tensor(list(first.values()))
     distinct = pairs.rows(index)
     features, log_p = q.fit_statistics(distinct), -distinct.b.sum(dim=1)
-    evenly = features[:, :features.shape[1] // 2]  # those pooled with equal weights: the others say too much about x
+    width = base.config.n_embd
+    # the last two layers, pooled with equal weights: earlier layers and other weights say more about x than about z
+    evenly = features[:, :base.config.n_layer * width][:, -2 * width:]
     log_t, agreement = cluster_responses(evenly, index // cfg.cluster_responses, log_p, log_prior,
                                          torch.Generator().manual_seed(cfg.seed), cfg.cluster_restarts)
     q.fit_head(features, log_t, log_p.exp())
