@@ -47,8 +47,8 @@ class Config:
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
     cluster_responses: int = 12  # responses to each of them
     cluster_restarts: int = 64  # starts of the clustering, of which the best counts
-    held_steps: int = 150  # steps whose labels come from the posterior as it started
-    responsibility_steps: int = 400  # further steps with balanced responsibilities; the remaining ones train the ELBO
+    held_steps: int = 300  # steps whose labels come from the posterior as it started
+    responsibility_steps: int = 250  # further steps with balanced responsibilities; the remaining ones train the ELBO
     tau: float = 1.0  # temperature of log p(y|x,z) in the responsibilities
     held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
     alpha: float = 1.0  # weight of log q(z|x,y) in the responsibilities

@@ -2,11 +2,12 @@
 
     python train_base.py configs/sorting_base.py     # the first user of this file
 
-Pre-norm transformer (Radford et al. 2019 [1]) with RMSNorm [2] and rotary positions [3].
+Pre-norm transformer (Radford et al. 2019 [1]) with RMSNorm [2], also of queries and keys [4], and rotary positions [3].
 Dimensions, here and in every other file:
     B batch   T positions   C width   V vocabulary   nh heads   hs head size   L layers
     K latents   S strategies (or posterior samples, where said)   D latent size
 [1] Language Models are Unsupervised Multitask Learners  [2] arXiv 1910.07467  [3] RoFormer, arXiv 2104.09864
+[4] Query-Key Normalization, arXiv 2010.04245
 """
 import math
 from dataclasses import dataclass, replace
@@ -53,7 +54,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         # (B, nh, T, hs) each
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

@@ -72,7 +72,7 @@ class Posterior(nn.Module):
         return (features - self.mean) / self.std
 
     def fit_head(self, features, log_t, weight, steps=200, lr=1e-2, weight_decay=0.01):
-        """Fits the head to labels exp(log_t) (N, K) by penalised cross-entropy, full batch, weighted by `weight` (N,)."""
+        """Fits the head to labels exp(log_t) (N, K), weighted by `weight` (N,): penalised cross-entropy."""
         optimizer = torch.optim.Adam(self.head.parameters(), lr)
         for _ in range(steps):
             nll = -(log_t.exp() * F.log_softmax(self.head(features), dim=1)).sum(dim=1)

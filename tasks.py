@@ -188,7 +188,7 @@ def list_summation(min_len=4, max_len=5, max_value=9):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-def sorting_algorithms(min_len=4, max_len=5, max_value=9):
+def sorting_algorithms(min_len=4, max_len=6, max_value=9):
     """x = 4 2 3 1; each step is the whole list after a change
     bubble-sort     2 4 3 1 ; 2 3 4 1 ; 2 3 1 4 ; 2 1 3 4 ; 1 2 3 4 ; ans 1 2 3 4          (adjacent swaps)
     selection-sort  1 2 3 4 ; ans 1 2 3 4                                    (smallest of the rest to the front)

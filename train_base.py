@@ -34,7 +34,7 @@ class Config:
     n_head: int = 4  # attention heads
     n_embd: int = 128  # width
     block_size: int = 128  # longest record, in tokens
-    steps: int = 1500  # gradient steps
+    steps: int = 1000  # gradient steps
     batch_size: int = 128  # records a step
     chunks: int = 4  # pieces of a batch, sorted by length, so that little is spent on padding; same gradient
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"

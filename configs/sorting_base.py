@@ -1,3 +1,4 @@
 # python train_base.py configs/sorting_base.py
 task = "sorting_algorithms"
-steps = 2000
+steps = 3000
+batch_size = 64

@@ -52,8 +52,8 @@ def slow_logits(model, ids):
         for t in range(len(ids)):
             heads = []
             for h in range(nh):
-                q = turn(qkv[t][h * hs:(h + 1) * hs], t)
-                keys = [turn(qkv[s][C + h * hs:C + (h + 1) * hs], s) for s in range(t + 1)]
+                q = turn(norm(qkv[t][h * hs:(h + 1) * hs]), t)
+                keys = [turn(norm(qkv[s][C + h * hs:C + (h + 1) * hs]), s) for s in range(t + 1)]
                 scores = torch.stack([q @ k / math.sqrt(hs) for k in keys])
                 weights = scores.softmax(dim=0)
                 heads.append(sum(weights[s] * qkv[s][2 * C + h * hs:2 * C + (h + 1) * hs] for s in range(t + 1)))

@@ -551,7 +551,7 @@ def test_check_accepts_what_is_sampled(name):
 
 MALFORMED = {
     "list_summation": ["", "3", "3 5 2", "3 5 2 7 1 4", "3 0 2 7", "3 + 5 2", "3 5 2 ;", "ans 5 2 7"],
-    "sorting_algorithms": ["", "4", "4 2 3", "4 2 3 4", "9 8 7 6 5 4", "4 2 ; 1", "ans 2 3 1"],
+    "sorting_algorithms": ["", "4", "4 2 3", "4 2 3 4", "9 8 7 6 5 4 3", "4 2 ; 1", "ans 2 3 1"],
     "grid_pathfinding": [
         "", "to", "3 4 5 6", "3 4 to 5", "3 4 to 5 6 7", "3 to 4 5 6", "5 6 to 3 4", "3 6 to 5 4", "3 4 to 9 5",
         "3 4 to 4 10", "3 16 to 4 17", "right 4 to 5 6", "to to to to to", "3 4 ; 5 6"],
