@@ -172,7 +172,7 @@ def test_a_fresh_factorization_starts_at_the_base(trained):
     fresh = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
     assert ((fresh - nll).abs() <= 0.05 * nll).all() and fresh.unique().numel() == 4
     assert all(torch.equal(p, model.state_dict()[name]) for name, p in base.state_dict().items() if "blocks" in name)
-    assert torch.equal(model(ids)[..., :-4], base(ids))
+    assert torch.allclose(model(ids)[..., :-4], base(ids), atol=1e-4)
     model.embed.weight[[Z, Z_END, -4, -3, -2, -1]] = model.embed.weight[[12, 13, 14, 15, 16, 17]]
     ordinary = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
     assert (ordinary - nll).abs().min() > 0.05 * nll
