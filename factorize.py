@@ -46,7 +46,7 @@ class Config:
     slot_steps: int = 80  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
     cluster_responses: int = 12  # responses to each of them
-    cluster_restarts: int = 64  # starts of the clustering, of which the best counts
+    cluster_restarts: int = 192  # starts of the clustering, of which the best counts
     held_steps: int = 300  # steps whose labels come from the posterior as it started
     responsibility_steps: int = 250  # further steps with balanced responsibilities; the remaining ones train the ELBO
     tau: float = 1.0  # temperature of log p(y|x,z) in the responsibilities

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from model import EPS, GPT, GPTConfig, insert_latents, pad, sample, sample_pairs, score_base, score_latents
 from posterior import Posterior, cluster_responses
-from tasks import BOS, EOS, PAD, X, X_END, Y, Y_END, Z, Z_END, Tokenizer
+from tasks import BOS, EOS, PAD, X, X_END, Y, Y_END, Z, Z_EMPTY, Z_END, Tokenizer
 from train_base import load_base, record_batch
 
 VOCAB = 20
@@ -172,10 +172,11 @@ def test_a_fresh_factorization_starts_at_the_base(trained):
     fresh = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
     assert ((fresh - nll).abs() <= 0.05 * nll).all() and fresh.unique().numel() == 4
     assert all(torch.equal(p, model.state_dict()[name]) for name, p in base.state_dict().items() if "blocks" in name)
-    assert torch.allclose(model(ids)[..., :-4], base(ids), atol=1e-4)
+    ordinary = ids[~torch.isin(ids, torch.tensor([Z, Z_END, Z_EMPTY])).any(dim=1)]  # a bad base may sample anything
+    assert len(ordinary) > 400 and torch.allclose(model(ordinary)[..., :-4], base(ordinary), atol=1e-5)
     model.embed.weight[[Z, Z_END, -4, -3, -2, -1]] = model.embed.weight[[12, 13, 14, 15, 16, 17]]
-    ordinary = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
-    assert (ordinary - nll).abs().min() > 0.05 * nll
+    broken = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
+    assert (broken - nll).abs().min() > 0.05 * nll
 
 
 def test_a_linear_posterior_trains_its_head_and_a_full_one_everything(trained):
