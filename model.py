@@ -24,7 +24,7 @@ from tasks import EOS, PAD, Z, Z_EMPTY, Z_END
 class GPTConfig:
     vocab_size: int
     n_latents: int = 0  # the last n_latents ids of the vocabulary are <z1> ... <zK>
-    block_size: int = 128  # longest canonical record, in tokens
+    block_size: int = 160  # longest canonical record, in tokens
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128

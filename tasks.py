@@ -239,10 +239,16 @@ def sorting_algorithms(min_len=4, max_len=6, max_value=9):
             width *= 2
         return changes(states)
 
-    def heap(a):
+    def heap(a):  # Williams 1964: grow a max-heap in a[:end], one element at a time, then take its top away
         states = [a]
 
-        def sift_down(root, end):  # restore the max-heap in a[:end], one swap at a time
+        def sift_up(i):  # until its parent is larger, one swap at a time
+            while i and states[-1][i] > states[-1][(i - 1) // 2]:
+                states.append(swapped(states[-1], i, (i - 1) // 2))
+                i = (i - 1) // 2
+
+        def sift_down(end):  # the top, until both children are smaller
+            root = 0
             while 2 * root + 1 < end:
                 child = max(range(2 * root + 1, min(2 * root + 3, end)), key=lambda i: states[-1][i])
                 if states[-1][root] >= states[-1][child]:
@@ -250,11 +256,11 @@ def sorting_algorithms(min_len=4, max_len=6, max_value=9):
                 states.append(swapped(states[-1], root, child))
                 root = child
 
-        for root in range(len(a) // 2 - 1, -1, -1):
-            sift_down(root, len(a))
+        for i in range(1, len(a)):
+            sift_up(i)
         for end in range(len(a) - 1, 0, -1):
             states.append(swapped(states[-1], 0, end))
-            sift_down(0, end)
+            sift_down(end)
         return changes(states)
 
     def on_numbers(sort):

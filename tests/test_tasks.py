@@ -111,23 +111,28 @@ def is_max_heap(a):
 
 
 def heap_sort(a):
-    def sift_down(root, size):
-        largest = root
-        for child in (2 * root + 1, 2 * root + 2):
-            if child < size and a[child] > a[largest]:
-                largest = child
-        if largest != root:
-            a[root], a[largest] = a[largest], a[root]
+    def swap_if_larger(below, above):
+        if a[below] > a[above]:
+            a[below], a[above] = a[above], a[below]
             yield
-            yield from sift_down(largest, size)
+            return True
 
-    for root in reversed(range(len(a))):
-        yield from sift_down(root, len(a))
-    assert is_max_heap(a), a
+    def rise(child):
+        if child and (yield from swap_if_larger(child, (child - 1) // 2)):
+            yield from rise((child - 1) // 2)
+
+    def sink(root, size):
+        children = sorted((i for i in (2 * root + 1, 2 * root + 2) if i < size), key=a.__getitem__)
+        if children and (yield from swap_if_larger(children[-1], root)):
+            yield from sink(children[-1], size)
+
+    for size in range(1, len(a) + 1):
+        yield from rise(size - 1)
+        assert is_max_heap(a[:size]), a
     for size in reversed(range(1, len(a))):
         a[0], a[size] = a[size], a[0]
         yield
-        yield from sift_down(0, size)
+        yield from sink(0, size)
         assert is_max_heap(a[:size]), a
 
 
