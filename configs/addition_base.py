@@ -1,2 +1,4 @@
 # python train_base.py configs/addition_base.py
 task = "multidigit_addition"
+steps = 3000
+batch_size = 64
