@@ -1,4 +1,4 @@
 # python train_base.py configs/base_conversion_base.py
 task = "base_conversion"
-steps = 2000
+steps = 4000
 batch_size = 64
