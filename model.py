@@ -123,8 +123,8 @@ class GPT(nn.Module):
         """A copy of this model whose vocabulary ends in n_latents new tokens, at the base's distribution.
 
         Three embeddings, of '<z> z </z>' with <z_empty> as z, start as that of </x>, which stands before them, and are
-        fitted so that samples `pairs` (Pairs) of this model stay as likely as they are without the section; nothing else
-        changes. The latents then start as <z_empty> and a little noise to tell them apart.
+        fitted so that samples `pairs` (Pairs) of this model stay as likely as they are without the section; nothing
+        else changes. The latents then start as <z_empty> and a little noise to tell them apart.
         In the output, they are as unlikely as <z_empty>, which the base never saw.
         """
         config = replace(self.config, vocab_size=self.config.vocab_size + n_latents, n_latents=n_latents)
