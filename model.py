@@ -122,7 +122,7 @@ class GPT(nn.Module):
     def with_latents(self, n_latents, pairs, steps, batch=64, lr=0.01):
         """A copy of this model whose vocabulary ends in n_latents new tokens, at the base's distribution.
 
-        Three embeddings, of '<z> z </z>' with <z_empty> as z, start as that of </x>, which stands before them, and are
+        Three embeddings, of '<z> z </z>' with <z_empty> as z, start as a small copy of that of </x>, before them, and are
         fitted so that samples `pairs` (Pairs) of this model stay as likely as they are without the section; nothing
         else changes. The latents then start as <z_empty> and a little noise to tell them apart.
         In the output, they are as unlikely as <z_empty>, which the base never saw.
@@ -130,7 +130,7 @@ class GPT(nn.Module):
         config = replace(self.config, vocab_size=self.config.vocab_size + n_latents, n_latents=n_latents)
         model, state = GPT(config), self.state_dict()
         embed = torch.cat((state["embed.weight"], torch.zeros(n_latents, config.n_embd)))
-        embed[[Z, Z_EMPTY, Z_END]] = state["embed.weight"][X_END]
+        embed[[Z, Z_EMPTY, Z_END]] = 0.2 * state["embed.weight"][X_END]  # small embeddings turn faster
         head = torch.cat((state["head.weight"], state["head.weight"][Z_EMPTY].expand(n_latents, -1)))
         model.load_state_dict({**state, "embed.weight": embed, "head.weight": head})
         weight = model.requires_grad_(False).embed.weight.requires_grad_(True)
