@@ -122,10 +122,10 @@ class GPT(nn.Module):
     def with_latents(self, n_latents, pairs, steps, batch=64, lr=0.01):
         """A copy of this model whose vocabulary ends in n_latents new tokens, at the base's distribution.
 
-        Three embeddings, of '<z> z </z>' with <z_empty> as z, start as a small copy of that of </x> and are
-        fitted so that samples `pairs` (Pairs) of this model stay as likely as they are without the section; nothing
-        else changes. The latents then start as <z_empty> and a little noise to tell them apart.
-        In the output, they are as unlikely as <z_empty>, which the base never saw.
+        Three embeddings, of '<z> z </z>' with <z_empty> as z, start as a small copy of that of </x> and are fitted so
+        that samples `pairs` (Pairs) of this model stay as likely as they are without the section; nothing else changes.
+        The latents then start as <z_empty> and a little noise to tell them apart. In the output, they are as unlikely
+        as <z_empty>, which the base never saw.
         """
         config = replace(self.config, vocab_size=self.config.vocab_size + n_latents, n_latents=n_latents)
         model, state = GPT(config), self.state_dict()
