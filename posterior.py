@@ -88,7 +88,7 @@ class Posterior(nn.Module):
         return F.log_softmax(self.head(self.features(pairs)), dim=1)
 
 
-def cluster_responses(features, x_index, log_p, log_prior, generator, restarts=192, dims=(40, 80, 160)):
+def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, dims=(40, 80, 160)):
     """K clusters of responses that mean the same for every input.
 
     features (N, F) of distinct responses; x_index (N,): which input each one answers; log_p (N,): log p_theta(y|x).
