@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import losses
 from configs import fail
-from model import GPT, GPTConfig, pad, sample_pairs, score_latents
+from model import GPT, GPTConfig, in_pieces, log_likelihood, pad, sample_pairs, set_threads
 from posterior import Posterior, one_to_one_matching
 from tasks import PAD, Tokenizer, Y_END
 from train_base import build_base, load_checkpoint, sample_ys, score_answers, write_result
@@ -99,9 +99,7 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     """Likelihood and posterior on n base samples y ~ p_theta(y|x) at test inputs: exact, in nats a solution."""
     xs = [xs[i % len(xs)] for i in range(n)]
     pairs = sample_pairs(base, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(seed))
-    parts = [pairs.rows(slice(i, i + 128)) for i in range(0, n, 128)]
-    logp_y = torch.cat([-score_latents(model, p.ids, p.starts)[0].sum(dim=2) for p in parts])  # (N, K)
-    logq = torch.cat([q(p) for p in parts])
+    logp_y, logq = log_likelihood(model, pairs), in_pieces(q, pairs)  # (N, K)
     logp_z = router_log_probs(model, tokenizer, xs)
     marginal_q = logq.logsumexp(dim=0) - math.log(n)
     reconstruction = losses.reconstruction(logp_y, logq).mean().item()
@@ -128,7 +126,7 @@ def evaluate(folder, seed=0):
     """Writes metrics.json, result.json and the figures of a run folder; returns the metrics."""
     checkpoint, base, task, tokenizer, model, q = load_run(folder)
     cfg = checkpoint["config"]
-    torch.set_num_threads(cfg["threads"])
+    set_threads(cfg["threads"])
     xs = test_inputs(task, cfg["eval_inputs"])
     metrics, C = controlled(model, task, tokenizer, xs, seed)
     router_metrics, shares, base_shares = router_sampled(model, base, task, tokenizer, xs, cfg["eval_samples"], seed)

@@ -27,9 +27,9 @@ import evaluate
 import losses
 import train_base
 from configs import fail
-from model import sample_pairs, score_latents
+from model import in_pieces, in_threads, log_likelihood, sample_pairs, score_latents, set_threads
 from posterior import Posterior, cluster_responses
-from tasks import PAD, Tokenizer
+from tasks import Tokenizer
 from train_base import check_finite, load_base, make_optimizers, save, set_lr, trapezoid, write_json, write_result
 
 
@@ -41,7 +41,7 @@ class Config:
     steps: int = 600  # gradient steps
     batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: int = 512  # pairs sampled at a time; each is used once
-    chunks: int = 4  # pieces of a batch, sorted by length, so that little is spent on padding; same gradient
+    chunks: int = 8  # pieces of a batch, sorted by length: little padding, and work for every thread; same gradient
     # stages
     slot_steps: int = 80  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
@@ -85,10 +85,9 @@ def draw_pairs(base, task, tokenizer, n_inputs, n_responses, key):
     return sample_pairs(base, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(rng.getrandbits(48)))
 
 
-@torch.no_grad()
 def compare_to_base(model, pairs):
     """max_k |NLL of y given (x, z_k) - base NLL of y| / base NLL of y, over samples of the base."""
-    nll = score_latents(model, pairs.ids, pairs.starts)[0].sum(dim=2).mean(dim=0)  # (K,)
+    nll = -log_likelihood(model, pairs).mean(dim=0)  # (K,)
     base_nll = pairs.b.sum(dim=1).mean()
     return ((nll - base_nll).abs().max() / base_nll).item()
 
@@ -112,45 +111,49 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
     return agreement
 
 
-def by_length(pairs, chunks):
-    """Indices of the rows in pieces of similar length, so that little is spent on padding."""
-    return (pairs.ids != PAD).sum(dim=1).argsort().chunk(chunks)
-
-
 def score_batch(model, batch, z, w, chunks):
     """Everything the objective needs of the generator; z (B, n) latents to score; w (B, T) token weights.
 
-    Returns logp_y (B, n), weighted_nll (B, n), jsd (B,) and router_logits (B, V). Pieces of similar length are scored
-    one after the other: a sum over examples does not care.
+    Returns [logp_y (B, n), weighted_nll (B, n), jsd (B,), router_logits (B, V)] and a function `backward`. Pieces of
+    similar length are scored side by side. The objective is about the whole batch, so its gradient is taken in two
+    steps: objective.backward() stops at what is returned here, and `backward` goes on from there into the model.
     """
-    order = by_length(batch, chunks)
-    parts = []
-    for rows in order:
+    order, parameters = batch.by_length(chunks), list(model.parameters())
+
+    def score(rows):
         piece = batch.rows(rows)
         latents = model.config.vocab_size - model.config.n_latents + z[rows]
         token_nll, logits, router_logits = score_latents(model, piece.ids, piece.starts, latents)
         weights = w[rows][:, :piece.ids.shape[1]]
         jsd = losses.inter_latent_jsd(F.log_softmax(logits, dim=-1), weights)
-        parts.append((-token_nll.sum(dim=2), losses.token_weighted_nll(token_nll, weights), jsd, router_logits))
-    back = torch.cat(order).argsort()
-    return [torch.cat(part)[back] for part in zip(*parts)]
+        return -token_nll.sum(dim=2), losses.token_weighted_nll(token_nll, weights), jsd, router_logits
+
+    parts, back = in_threads(score, order), torch.cat(order).argsort()
+    outputs = [torch.cat(part)[back].detach().requires_grad_() for part in zip(*parts)]
+
+    def backward():
+        def gradient(rows, part):  # a term of weight 0 sends no gradient, and costs nothing
+            used = [(mine, output.grad[rows]) for mine, output in zip(part, outputs) if output.grad is not None]
+            values, gradients = zip(*used)
+            return torch.autograd.grad(values, parameters, gradients)
+
+        for parameter, *pieces in zip(parameters, *in_threads(gradient, order, parts)):
+            parameter.grad = sum(pieces)
+
+    return outputs, backward
 
 
-@torch.no_grad()
 def label(model, q, pool, cfg, step, log_prior):
     """Labels T of a pool: (log q, log T), both (N, K). While held, they are those of the posterior, sharpened."""
-    order = by_length(pool, len(pool.ids) // cfg.batch_size * cfg.chunks)
-    parts, back = [pool.rows(rows) for rows in order], torch.cat(order).argsort()
-    logq = torch.cat([q(part) for part in parts])[back]
+    logq = in_pieces(q, pool)
     if step < cfg.held_steps:
         return logq, F.log_softmax(cfg.held_alpha * logq, dim=1)
-    logp_y = torch.cat([-score_latents(model, part.ids, part.starts)[0].sum(dim=2) for part in parts])[back]
-    return logq, losses.balanced_responsibilities(logp_y / cfg.tau + cfg.alpha * logq, log_prior)
+    return logq, losses.balanced_responsibilities(log_likelihood(model, pool) / cfg.tau + cfg.alpha * logq, log_prior)
 
 
 def factorize(cfg):
     """Runs the recipe of cfg and leaves its run folder; returns the path of the folder."""
-    torch.set_num_threads(cfg.threads)
+    set_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     base, task, base_checkpoint = get_base(cfg)
     c_base = base_checkpoint["c_base"]
@@ -201,7 +204,7 @@ def factorize(cfg):
             z = torch.arange(K).expand(cfg.batch_size, K)
             assignment = log_t = logq
         w = losses.token_weights(batch.b)
-        logp_y, weighted_nll, jsd, router_logits = score_batch(model, batch, z, w, cfg.chunks)
+        (logp_y, weighted_nll, jsd, router_logits), backward = score_batch(model, batch, z, w, cfg.chunks)
         logp_z = F.log_softmax(router_logits[:, -K:], dim=1)  # (B, K)
         learns_t, elbo = float(step < elbo_step), float(step >= elbo_step)
         terms = {  # name: (weight, value in nats); a weight of 0 leaves the term out of the objective, but in the log
@@ -219,6 +222,7 @@ def factorize(cfg):
         }
         J = sum(weight * value for weight, value in terms.values() if weight)
         J.backward()
+        backward()
         check_finite(J, [p for o in optimizers for group in o.param_groups for p in group["params"]], step, terms)
         for optimizer in optimizers:
             optimizer.step()

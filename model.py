@@ -10,6 +10,7 @@ Dimensions, here and in every other file:
 [4] Query-Key Normalization, arXiv 2010.04245
 """
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -136,13 +137,18 @@ class GPT(nn.Module):
         weight = model.requires_grad_(False).embed.weight.requires_grad_(True)
         optimizer = torch.optim.Adam([weight], lr)
         frozen = torch.ones(len(weight), dtype=torch.bool).index_fill(0, torch.tensor([Z, Z_EMPTY, Z_END]), False)
+
+        def gradient(rows):
+            piece = pairs.rows(rows)
+            token_nll, _, _ = score_latents(model, piece.ids, piece.starts, torch.full((len(rows), 1), Z_EMPTY))
+            return torch.autograd.grad(token_nll.sum() / batch, weight)[0]
+
         for step in range(steps):
-            piece = pairs.rows(torch.arange(step * batch, (step + 1) * batch) % len(pairs.ids))
-            token_nll, _, _ = score_latents(model, piece.ids, piece.starts, torch.full((len(piece.ids), 1), Z_EMPTY))
-            token_nll.sum(dim=(1, 2)).mean().backward()
+            rows = torch.arange(step * batch, (step + 1) * batch) % len(pairs.ids)
+            weight.grad = sum(in_threads(gradient, rows.chunk(4)))
             weight.grad[frozen] = 0  # Adam leaves alone what never had a gradient
             optimizer.step()
-            optimizer.zero_grad()
+        weight.grad = None
         with torch.no_grad():
             slot = weight[Z_EMPTY]
             weight[config.vocab_size - n_latents:] = slot + 0.1 * slot.std() * torch.randn(n_latents, config.n_embd)
@@ -215,6 +221,34 @@ def sample(model, prompts, generator, temperature=1.0):
     return tokens[:, :t + 1], logps[:, :t + 1]
 
 
+def set_threads(n):
+    """Lets in_threads use n threads of one core each. How many changes no result by a bit."""
+    global threads
+    torch.set_num_threads(1)  # matrices as small as these gain more from a core per piece than from several on each
+    threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
+
+
+threads = ThreadPoolExecutor(1)
+
+
+def in_threads(f, *pieces):
+    """list(map(f, *pieces)), the calls side by side."""
+    return list(threads.map(f, *pieces))
+
+
+def sample_in_batches(model, prompts, generator, temperature=1.0, batch=256):
+    """`sample` for any number of prompts, a batch at a time and each with a generator of its own, seeded by
+    `generator`. Returns a list of (tokens (N,), logp (N,)) on the CPU, one for every prompt."""
+    batches = [prompts[i:i + batch] for i in range(0, len(prompts), batch)]
+    seeds = torch.randint(2 ** 62, (len(batches),), generator=generator).tolist()
+
+    def run(batch, seed):
+        tokens, logp = sample(model, batch, torch.Generator().manual_seed(seed), temperature)
+        return list(zip(tokens.cpu(), logp.cpu()))
+
+    return [row for rows in in_threads(run, batches, seeds) for row in rows]
+
+
 def pad(rows):
     """List of id lists -> (B, longest) tensor, padded on the right."""
     width = max(map(len, rows))
@@ -233,17 +267,28 @@ class Pairs(NamedTuple):
         width = int((ids != PAD).sum(dim=1).max())
         return Pairs(ids[:, :width], self.starts[index], self.b[index][:, :width])
 
+    def by_length(self, n_pieces):
+        """Indices of the rows, in pieces of similar length, the longest first: little is spent on padding."""
+        return (self.ids != PAD).sum(dim=1).argsort(descending=True).chunk(n_pieces)
+
+
+def in_pieces(f, pairs, size=16):
+    """f(pairs), a tensor with a row for every pair, computed without gradient in pieces of `size` side by side."""
+    order = pairs.by_length(math.ceil(len(pairs.ids) / size))
+    f = torch.no_grad()(f)  # in the threads, which do not inherit it
+    return torch.cat(in_threads(lambda rows: f(pairs.rows(rows)), order))[torch.cat(order).argsort()]
+
 
 def sample_pairs(base, prompts, generator):
     """One y ~ p_theta(y|x) for every canonical prompt (id list). The surprise b_t falls out of the sampler."""
     starts = torch.tensor([len(p) for p in prompts])
-    tokens, logp = (t.cpu() for t in sample(base, prompts, generator))
-    ids = torch.full((len(prompts), int(starts.max()) + tokens.shape[1]), PAD)
+    samples = sample_in_batches(base, prompts, generator)
+    ids = torch.full((len(prompts), int(starts.max()) + max(len(tokens) for tokens, _ in samples)), PAD)
     b = torch.zeros(ids.shape)
-    for i, p in enumerate(prompts):
+    for i, (p, (tokens, logp)) in enumerate(zip(prompts, samples)):
         ids[i, :len(p)] = torch.tensor(p)
-        ids[i, len(p):len(p) + tokens.shape[1]] = tokens[i]
-        b[i, len(p):len(p) + tokens.shape[1]] = -logp[i]
+        ids[i, len(p):len(p) + len(tokens)] = tokens
+        b[i, len(p):len(p) + len(tokens)] = -logp
     return Pairs(ids, starts, b).rows(slice(None))
 
 
@@ -288,3 +333,8 @@ def score_latents(model, ids, starts, latents=None):
     logits = logits[:, 2:-1]  # entry t now scores ids[:, t], which stands at t + 3
     nll = y_nll(logits, ids.repeat_interleave(n, dim=0), starts.repeat_interleave(n))
     return nll.view(B, n, T), logits.view(B, n, T, V), router_logits
+
+
+def log_likelihood(model, pairs):
+    """log p_psi(y|x,z) of every pair under every latent: Pairs of B -> (B, K), without gradient."""
+    return in_pieces(lambda piece: -score_latents(model, piece.ids, piece.starts)[0].sum(dim=2), pairs)

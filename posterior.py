@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from losses import balanced_responsibilities, token_weights
+from model import in_pieces, in_threads
 from tasks import PAD
 
 
@@ -57,16 +58,20 @@ class Posterior(nn.Module):
             return ((weights @ deviation).flatten(1) - self.mean) / self.std
 
     @torch.no_grad()
-    def fit_statistics(self, pairs, batch=256):
+    def fit_statistics(self, pairs, size=64):
         """Sets the bigram means, then mean and std of the pooled features, to those of `pairs`; returns them."""
-        parts = [pairs.rows(slice(i, i + batch)) for i in range(0, len(pairs.ids), batch)]
-        for part in parts:
-            h, bigram, mask = self.states(part)
-            self.bigram_mean.index_add_(0, bigram.flatten(), (h * mask[..., None]).flatten(0, 1))
-            self.bigram_seen.index_add_(0, bigram.flatten(), mask.flatten()[:, None])
+        @torch.no_grad()
+        def sums(rows):
+            h, bigram, mask = self.states(pairs.rows(rows))
+            return (torch.zeros_like(self.bigram_mean).index_add_(0, bigram.flatten(), (h * mask[..., None]).flatten(0, 1)),
+                    torch.zeros_like(self.bigram_seen).index_add_(0, bigram.flatten(), mask.flatten()[:, None]))
+
+        for total, seen in in_threads(sums, pairs.by_length(math.ceil(len(pairs.ids) / size))):
+            self.bigram_mean += total
+            self.bigram_seen += seen
         self.bigram_mean /= self.bigram_seen.clamp(min=1)
         self.bigram_seen.clamp_(max=1)
-        features = torch.cat([self.features(part) for part in parts])
+        features = in_pieces(self.features, pairs, size)
         self.mean.copy_(features.mean(dim=0))
         self.std.copy_(features.std(dim=0) + 1e-6)
         return (features - self.mean) / self.std
@@ -107,8 +112,9 @@ def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, 
     variance, directions = torch.linalg.eigh(centred.T @ centred / N)  # by rising variance
     n_components = min(dims[-1], features.shape[1], max(N // 8, len(log_prior)))  # more would be noise
     u = centred @ directions.flip(1)[:, :n_components] / variance.flip(0)[:n_components].clamp(min=1e-8).sqrt()
-    found = []
-    for _ in range(restarts):
+
+    def restart(seed):
+        generator = torch.Generator().manual_seed(seed)
         few = u[:, :int(torch.randint(12, 29, (1,), generator=generator))]
         centroids = few[torch.randint(N, (1,), generator=generator)]
         while len(centroids) < len(log_prior):
@@ -119,7 +125,9 @@ def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, 
         for d in dims:
             centroids = (t.T @ u[:, :d]) / t.sum(dim=0)[:, None]
             t, scatter = constrained_kmeans(u[:, :d], centroids, 4 * [0.2], x_index, log_p, weight, log_prior)
-        found.append((scatter, t))
+        return scatter, t
+
+    found = in_threads(restart, torch.randint(2 ** 62, (restarts,), generator=generator).tolist())
     best = min(found, key=lambda scatter_and_t: scatter_and_t[0])[1]
 
     def overlap(a, b):  # (K, K): probability of the responses that are likeliest in one cluster of a and one of b

@@ -54,6 +54,16 @@ def test_the_base_learns_and_its_checkpoint_holds_c_base(workplace):
     assert torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"] == last["nll"]
 
 
+def test_a_batch_in_pieces_trains_the_base_like_a_whole_one(workplace):
+    nll = {}
+    for chunks in (1, 3):
+        train_base.train(configs.load(train_base, ["configs/tiny_base.py", "--name=pieces", "--steps=8", "--warmup=0",
+                                                   f"--chunks={chunks}"]))
+        with open("out/pieces/metrics.json") as f:
+            nll[chunks] = json.load(f)["nll"]
+    assert nll[3] == pytest.approx(nll[1], rel=1e-3)
+
+
 def test_the_same_seed_gives_the_same_log_and_weights(reference):
     log, weights = run("again")
     assert log == reference[0] and same(weights, reference[1])
@@ -111,6 +121,38 @@ def test_labels_are_the_posteriors_while_held_and_the_generators_afterwards(work
     _, later = factorize.label(model, q, pool, cfg, 5, prior)
     want = factorize.losses.balanced_responsibilities(logp / 0.7 + 2 * logq, prior)
     assert torch.allclose(later.exp(), want.exp(), atol=1e-3) and logp.std() > 0.1 and logq.std() > 0.1
+
+
+def test_the_gradient_in_pieces_is_that_of_the_whole_batch(workplace):
+    """Pieces of three lengths, scored and differentiated side by side, against one pass and one backward()."""
+    cfg = configs.load(factorize, SHORT)
+    base, task, _ = factorize.get_base(cfg)
+    pairs = factorize.draw_pairs(base, task, factorize.Tokenizer(task.vocab), 10, 1, "gradient")
+    model = base.with_latents(3, pairs, steps=1)
+    model.embed.weight.data[-3:] += torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    z = torch.arange(20).view(10, 2) % 3
+    w = factorize.losses.token_weights(pairs.b)
+    example = torch.arange(1.0, 11.0)  # every example counts differently, and not only on its own
+
+    def objective(logp_y, jsd, router_logits):
+        return (logp_y.sum(dim=1) * example).sum() + jsd @ example - (example @ router_logits).square().mean()
+
+    (logp_y, _, jsd, router_logits), backward = factorize.score_batch(model, pairs, z, w, chunks=3)
+    objective(logp_y, jsd, router_logits).backward()
+    backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    nll, logits, router_logits = factorize.score_latents(model, pairs.ids, pairs.starts, z + len(base.embed.weight))
+    jsd = factorize.losses.inter_latent_jsd(logits.log_softmax(dim=-1), w)
+    objective(-nll.sum(dim=2), jsd, router_logits).backward()
+    for mine, p in zip(got, model.parameters()):
+        assert torch.allclose(mine, p.grad, rtol=1e-3, atol=1e-4 * p.grad.abs().max()) and p.grad.abs().max() > 0
+
+
+def test_more_threads_change_no_weight(reference):
+    log, weights = run("threads", "--threads=2", "--chunks=3")
+    one = run("thread", "--threads=1", "--chunks=3")
+    assert log == one[0] and same(weights, one[1])
 
 
 def test_the_plain_elbo_is_reconstruction_plus_beta_kl(workplace):
