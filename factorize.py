@@ -38,17 +38,17 @@ class Config:
     base: str  # config file of the base model, which is trained first if its checkpoint is missing
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     n_latents: int = 0  # K; 0: as many as the task has strategies
-    steps: int = 600  # gradient steps
+    steps: int = 700  # gradient steps
     batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: int = 512  # pairs sampled at a time; each is used once
     chunks: int = 8  # pieces of a batch, sorted by length: little padding, and work for every thread; same gradient
     # stages
-    slot_steps: int = 80  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
+    slot_steps: int = 60  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
     cluster_responses: int = 12  # responses to each of them
     cluster_restarts: int = 192  # starts of the clustering, of which the best counts
     held_steps: int = 300  # steps whose labels come from the posterior as it started
-    responsibility_steps: int = 250  # further steps with balanced responsibilities; the remaining ones train the ELBO
+    responsibility_steps: int = 350  # further steps with balanced responsibilities; the remaining ones train the ELBO
     tau: float = 1.0  # temperature of log p(y|x,z) in the responsibilities
     held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
     alpha: float = 1.0  # weight of log q(z|x,y) in the responsibilities

@@ -120,7 +120,7 @@ class GPT(nn.Module):
         """(B, T) ids, padded on the right -> (B, T, V) next-token logits."""
         return self.logits(self.hidden_states(ids, **kwargs)[-1])
 
-    def with_latents(self, n_latents, pairs, steps, batch=64, lr=0.01):
+    def with_latents(self, n_latents, pairs, steps, batch=32, lr=0.01):
         """A copy of this model whose vocabulary ends in n_latents new tokens, at the base's distribution.
 
         Three embeddings, of '<z> z </z>' with <z_empty> as z, start as a small copy of that of </x> and are fitted so

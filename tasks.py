@@ -102,7 +102,7 @@ class Task:
     def sample_input(self, rng, test=None):
         """Draws x with random.Random `rng`; test=True or False keeps only that side of the split. Raises ValueError
         where the task's sizes leave no input on which all strategies differ."""
-        for _ in range(10000):
+        for _ in range(1000):
             x = self.draw(rng)
             if test in (None, self.is_test_input(x)) and self.is_valid_input(x):
                 return x
@@ -197,7 +197,12 @@ def sorting_algorithms(min_len=4, max_len=6, max_value=9):
     heap-sort       1 2 3 4 ; 3 2 1 4 ; 1 2 3 4 ; 2 1 3 4 ; 1 2 3 4 ; ans 1 2 3 4  (max-heap, then its top to the end)
     """
     def draw(rng):
-        return [str(v) for v in rng.sample(range(max_value + 1), rng.randint(min_len, max_len))]
+        length = rng.randint(min_len, max_len)
+        for _ in range(20):  # strategies coincide on many short lists: without another try, long ones would prevail
+            x = [str(v) for v in rng.sample(range(max_value + 1), length)]
+            if task.is_valid_input(x):
+                break
+        return x
 
     def check(x):
         if not min_len <= len(x) <= max_len or len(set(x)) < len(x) or any(t not in vocab[:max_value + 1] for t in x):
@@ -267,11 +272,12 @@ def sorting_algorithms(min_len=4, max_len=6, max_value=9):
         return lambda x: [[str(v) for v in state] for state in sort([int(t) for t in x])]
 
     vocab = (*map(str, range(max_value + 1)), ";", "ans")
-    return Task("sorting_algorithms", vocab, draw, check,
+    task = Task("sorting_algorithms", vocab, draw, check,
                 solve=lambda x: sorted(x, key=int),
                 steps={"bubble-sort": on_numbers(bubble), "selection-sort": on_numbers(selection),
                        "insertion-sort": on_numbers(insertion), "merge-sort": on_numbers(merge),
                        "heap-sort": on_numbers(heap)})
+    return task
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,3 @@
 # python train_base.py configs/addition_base.py
 task = "multidigit_addition"
-steps = 3000
-batch_size = 64
+steps = 4000

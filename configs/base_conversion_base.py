@@ -1,4 +1,3 @@
 # python train_base.py configs/base_conversion_base.py
 task = "base_conversion"
-steps = 4000
-batch_size = 64
+steps = 4500

@@ -1,3 +1,3 @@
 # python train_base.py configs/grid_base.py
 task = "grid_pathfinding"
-steps = 500
+steps = 1000

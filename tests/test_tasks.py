@@ -528,6 +528,13 @@ def test_sampling_is_a_function_of_the_seed(name, test):
     assert random.getstate() == before
 
 
+def test_lists_to_sort_are_of_every_length_equally_often():
+    """Although strategies coincide on many lists of 4, which are no inputs: 3,000 draws, 5 standard errors."""
+    rng = random.Random(0)
+    lengths = [len(TASKS["sorting_algorithms"].sample_input(rng)) for _ in range(3000)]
+    assert all(abs(lengths.count(n) / 3000 - 1 / 3) < 0.043 for n in (4, 5, 6))
+
+
 @every_task
 def test_strategies_differ_on_every_sampled_input(name):
     for x in inputs(name):
