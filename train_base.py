@@ -36,6 +36,7 @@ class Config:
     block_size: int = 160  # longest record, in tokens
     steps: int = 3000  # gradient steps
     batch_size: int = 64  # records a step
+    crop: int = 0  # tokens of y that 3 of 4 training records are cut to; 0: none is cut
     chunks: int = 8  # pieces of a batch, sorted by length: little padding, and work for every thread; same gradient
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
     lr: float = 0.01  # peak learning rate of Muon's matrices
@@ -210,6 +211,8 @@ def train(cfg):
                                        cfg.batch_size, test=False)
         if max(map(len, records)) > cfg.block_size:
             fail(f"config key 'block_size': a record of {max(map(len, records))} tokens exceeds {cfg.block_size}")
+        if cfg.crop:  # strategies part in the first steps of a trace, and the later ones are soon learned
+            records = [r[:s + cfg.crop] if i % 4 else r for i, (r, s) in enumerate(zip(records, starts))]
         order = torch.tensor([len(record) for record in records]).argsort(descending=True)
         y_tokens = sum(map(len, records)) - sum(starts)
 

@@ -1,3 +1,4 @@
 # python train_base.py configs/sorting_base.py
 task = "sorting_algorithms"
-steps = 3500
+steps = 4200
+crop = 24
