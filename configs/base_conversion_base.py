@@ -1,3 +1,3 @@
 # python train_base.py configs/base_conversion_base.py
 task = "base_conversion"
-steps = 4500
+steps = 4000

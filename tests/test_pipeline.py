@@ -64,6 +64,20 @@ def test_a_batch_in_pieces_trains_the_base_like_a_whole_one(workplace):
     assert nll[3] == pytest.approx(nll[1], rel=1e-3)
 
 
+def test_three_of_four_training_records_are_cropped(workplace, monkeypatch):
+    lengths, score = [], train_base.score_base
+
+    def spy(model, ids, starts):
+        lengths.append((ids != 0).sum(dim=1) - starts)
+        return score(model, ids, starts)
+
+    monkeypatch.setattr(train_base, "score_base", spy)
+    train_base.train(configs.load(train_base, ["configs/tiny_base.py", "--name=crop", "--steps=1", "--crop=5"]))
+    training, *validation = lengths
+    assert (training == 5).sum() == 24 and (training > 5).sum() == 8
+    assert all((held_out > 5).all() for held_out in validation)
+
+
 def test_the_same_seed_gives_the_same_log_and_weights(reference):
     log, weights = run("again")
     assert log == reference[0] and same(weights, reference[1])
