@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import losses
 from configs import fail
-from model import GPT, GPTConfig, in_pieces, log_likelihood, pad, sample_pairs, set_threads
+from model import GPT, GPTConfig, log_likelihood, pad, sample_pairs, set_threads
 from posterior import Posterior, one_to_one_matching
 from tasks import PAD, Tokenizer, Y_END
 from train_base import build_base, load_checkpoint, sample_ys, score_answers, write_result
@@ -99,7 +99,7 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     """Likelihood and posterior on n base samples y ~ p_theta(y|x) at test inputs: exact, in nats a solution."""
     xs = [xs[i % len(xs)] for i in range(n)]
     pairs = sample_pairs(base, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(seed))
-    logp_y, logq = log_likelihood(model, pairs), in_pieces(q, pairs)  # (N, K)
+    logp_y, logq = log_likelihood(model, pairs), q(pairs)  # (N, K)
     logp_z = router_log_probs(model, tokenizer, xs)
     marginal_q = logq.logsumexp(dim=0) - math.log(n)
     reconstruction = losses.reconstruction(logp_y, logq).mean().item()

@@ -27,7 +27,7 @@ import evaluate
 import losses
 import train_base
 from configs import fail
-from model import in_pieces, in_threads, log_likelihood, sample_pairs, score_latents, set_threads
+from model import in_threads, log_likelihood, sample_pairs, score_latents, set_threads
 from posterior import Posterior, cluster_responses
 from tasks import Tokenizer
 from train_base import check_finite, load_base, make_optimizers, save, set_lr, trapezoid, write_json, write_result
@@ -143,9 +143,10 @@ def score_batch(model, batch, z, w, chunks):
     return outputs, backward
 
 
+@torch.no_grad()
 def label(model, q, pool, cfg, step, log_prior):
     """Labels T of a pool: (log q, log T), both (N, K). While held, they are those of the posterior, sharpened."""
-    logq = in_pieces(q, pool)
+    logq = q(pool)
     if step < cfg.held_steps:
         return logq, F.log_softmax(cfg.held_alpha * logq, dim=1)
     return logq, losses.balanced_responsibilities(log_likelihood(model, pool) / cfg.tau + cfg.alpha * logq, log_prior)

@@ -90,7 +90,9 @@ class Posterior(nn.Module):
 
     def forward(self, pairs):
         """model.Pairs of B records -> log q(z|x,y), (B, K)."""
-        return F.log_softmax(self.head(self.features(pairs)), dim=1)
+        backbone_learns = self.adaptation == "full" and torch.is_grad_enabled()
+        features = self.features(pairs) if backbone_learns else in_pieces(self.features, pairs)
+        return F.log_softmax(self.head(features), dim=1)
 
 
 def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, dims=(40, 80, 160)):
