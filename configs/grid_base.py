@@ -1,3 +1,4 @@
 # python train_base.py configs/grid_base.py
 task = "grid_pathfinding"
 steps = 1000
+batch_size = 128
