@@ -63,8 +63,9 @@ class Posterior(nn.Module):
         @torch.no_grad()
         def sums(rows):
             h, bigram, mask = self.states(pairs.rows(rows))
-            return (torch.zeros_like(self.bigram_mean).index_add_(0, bigram.flatten(), (h * mask[..., None]).flatten(0, 1)),
-                    torch.zeros_like(self.bigram_seen).index_add_(0, bigram.flatten(), mask.flatten()[:, None]))
+            h, bigram, mask = (h * mask[..., None]).flatten(0, 1), bigram.flatten(), mask.flatten()[:, None]
+            return (torch.zeros_like(self.bigram_mean).index_add_(0, bigram, h),
+                    torch.zeros_like(self.bigram_seen).index_add_(0, bigram, mask))
 
         for total, seen in in_threads(sums, pairs.by_length(math.ceil(len(pairs.ids) / size))):
             self.bigram_mean += total
