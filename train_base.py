@@ -35,8 +35,8 @@ class Config:
     n_embd: int = 128  # width
     block_size: int = 160  # longest record, in tokens
     steps: int = 3000  # gradient steps
-    batch_size: int = 64  # records a step
-    crop: int = 0  # tokens of y that 3 of 4 training records are cut to; 0: none is cut
+    batch_size: int = 64  # records a step, at most: every input comes with one record of each strategy
+    crop: int = 0  # tokens of y to which the records of 3 in 4 training inputs are cut; 0: none is cut
     chunks: int = 8  # pieces of a batch, sorted by length: little padding, and work for every thread; same gradient
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
     lr: float = 0.01  # peak learning rate of Muon's matrices
@@ -56,7 +56,7 @@ def make_task(name, sizes):
     try:
         task = TASK_FUNCTIONS[name](**sizes)
         for test in (False, True):  # sizes may leave no inputs, or numbers that the vocabulary cannot write
-            record_batch(task, Tokenizer(task.vocab), [1.0] * len(task.strategies), random.Random(0), 20, test)
+            record_batch(task, Tokenizer(task.vocab), task.strategies, random.Random(0), 20, test)
         return task
     except KeyError as e:
         fail(f"config key 'task_sizes': {e} is not in the vocabulary of {name}")
@@ -87,23 +87,25 @@ def trapezoid(step, steps, warmup):
     return min((step + 1) / warmup if warmup else 1.0, 1.0) * (1 - step / steps)
 
 
-def record_batch(task, tokenizer, weights, rng, size, test):
-    """`size` canonical records as id lists, each with a strategy drawn by `weights`, and the length of its prompt."""
+def record_batch(task, tokenizer, strategies, rng, n_inputs, test):
+    """The canonical records of n_inputs inputs, as id lists, one of each strategy in turn, and their prompts' lengths.
+    Weighted by the mixture, the records of an input have its exact loss: which strategy was drawn makes no noise."""
     records, starts = [], []
-    for _ in range(size):
+    for _ in range(n_inputs):
         x = task.sample_input(rng, test)
-        y = task.trace(x, rng.choices(task.strategies, weights)[0])
-        records.append(tokenizer.record(x, y))
-        starts.append(len(x) + 4)  # <bos> <x> x </x> <y>
+        for strategy in strategies:
+            records.append(tokenizer.record(x, task.trace(x, strategy)))
+            starts.append(len(x) + 4)  # <bos> <x> x </x> <y>
     return records, starts
 
 
 @torch.no_grad()
-def validate(model, task, tokenizer, weights, size, seed):
+def validate(model, task, tokenizer, mixture, size, seed):
     """Held-out NLL (nats a sequence) and what `size` sampled solutions look like to the task's own validator."""
-    rng = random.Random(f"validation {seed}")
-    records, starts = record_batch(task, tokenizer, weights, rng, size, test=True)
-    nll = score_base(model, pad(records), torch.tensor(starts)).sum(dim=1).mean().item()
+    rng, n_inputs = random.Random(f"validation {seed}"), math.ceil(size / len(mixture))
+    records, starts = record_batch(task, tokenizer, mixture, rng, n_inputs, test=True)
+    weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs
+    nll = (weights @ score_base(model, pad(records), torch.tensor(starts)).sum(dim=1)).item()
     xs = [task.sample_input(rng, test=True) for _ in range(size)]
     ys = sample_ys(model, tokenizer, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(seed))
     found = [task.attribute(x, y) for x, y in zip(xs, ys)]
@@ -188,6 +190,10 @@ def write_result(folder, config, metrics):
 
 def train(cfg):
     """Trains the base of cfg and leaves its run folder, with ckpt.pt written last."""
+    for key in ("steps", "batch_size", "chunks", "eval_every", "eval_size", "final_eval_size", "threads", "crop"):
+        least = 0 if key == "crop" else 1
+        if getattr(cfg, key) < least:
+            fail(f"config key '{key}' must be at least {least}, got {getattr(cfg, key)}")
     set_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     task = make_task(cfg.task, cfg.task_sizes)
@@ -195,7 +201,12 @@ def train(cfg):
     weights = cfg.strategy_weights or [1.0] * len(task.strategies)
     if len(weights) != len(task.strategies) or min(weights) < 0 or sum(weights) <= 0:
         fail(f"config key 'strategy_weights' takes {len(task.strategies)} weights, none negative: {task.strategies}")
-    floor = -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights if w)
+    mixture = {strategy: w / sum(weights) for strategy, w in zip(task.strategies, weights) if w}
+    floor = -sum(w * math.log(w) for w in mixture.values())
+    n_inputs = cfg.batch_size // len(mixture)
+    if not n_inputs:
+        fail(f"config key 'batch_size' must hold one record of each strategy, at least {len(mixture)}")
+    weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs  # of the records of a batch
     model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
     parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
     folder = os.path.join("out", cfg.name)
@@ -207,23 +218,22 @@ def train(cfg):
     for step in bar:
         set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
         # data are a function of (seed, step) alone
-        records, starts = record_batch(task, tokenizer, weights, random.Random(f"base {cfg.seed} {step}"),
-                                       cfg.batch_size, test=False)
+        records, starts = record_batch(task, tokenizer, mixture, random.Random(f"base {cfg.seed} {step}"), n_inputs,
+                                       test=False)
         if max(map(len, records)) > cfg.block_size:
             fail(f"config key 'block_size': a record of {max(map(len, records))} tokens exceeds {cfg.block_size}")
         if cfg.crop:  # strategies part in the first steps of a trace, and the later ones are soon learned
-            records = [r[:s + cfg.crop] if i % 4 else r for i, (r, s) in enumerate(zip(records, starts))]
+            records = [r[:s + cfg.crop] if i // len(mixture) % 4 else r
+                       for i, (r, s) in enumerate(zip(records, starts))]
         order = torch.tensor([len(record) for record in records]).argsort(descending=True)
-        y_tokens = sum(map(len, records)) - sum(starts)
 
         def gradient(rows):
             ids, first = pad([records[i] for i in rows]), torch.tensor([starts[i] for i in rows])
-            nll = score_base(model, ids, first).sum()
-            # of the mean token loss, whose scale does not depend on the task
-            return nll.item(), torch.autograd.grad(nll / y_tokens, parameters)
+            nll = weights[rows] @ score_base(model, ids, first).sum(dim=1)
+            return nll.item(), torch.autograd.grad(nll, parameters)
 
         nlls, gradients = zip(*in_threads(gradient, order.chunk(cfg.chunks)))
-        loss = sum(nlls) / cfg.batch_size  # nats a sequence, to compare with the floor
+        loss = sum(nlls)  # nats a sequence, to compare with the floor
         for parameter, *pieces in zip(parameters, *gradients):
             parameter.grad = sum(pieces)
         check_finite(torch.tensor(loss), parameters, step, {"cross-entropy": (1.0, torch.tensor(loss))})
@@ -231,7 +241,7 @@ def train(cfg):
             optimizer.step()
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             size = cfg.final_eval_size if step + 1 == cfg.steps else cfg.eval_size
-            scores = {"floor": floor, **validate(model, task, tokenizer, weights, size, cfg.seed),
+            scores = {"floor": floor, **validate(model, task, tokenizer, mixture, size, cfg.seed),
                       "minutes": (time.time() - start) / 60}
             log.write(json.dumps({"step": step + 1, "loss": loss, **scores}) + "\n")
             log.flush()

@@ -10,7 +10,7 @@ from model import (EPS, GPT, GPTConfig, insert_latents, pad, sample, sample_in_b
                    score_latents)
 from posterior import Posterior, cluster_responses
 from tasks import BOS, EOS, PAD, X, X_END, Y, Y_END, Z, Z_EMPTY, Z_END, Tokenizer
-from train_base import load_base, record_batch
+from train_base import load_base
 
 VOCAB = 20
 

@@ -64,7 +64,21 @@ def test_a_batch_in_pieces_trains_the_base_like_a_whole_one(workplace):
     assert nll[3] == pytest.approx(nll[1], rel=1e-3)
 
 
-def test_three_of_four_training_records_are_cropped(workplace, monkeypatch):
+def test_a_mixture_weighs_the_records_of_every_input(workplace):
+    """Strategies of next to no weight change nothing, wherever they stand in the batch: loss, floor and gradient."""
+    def scores(weights, batch_size):
+        train_base.train(configs.load(train_base, ["configs/tiny_base.py", "--name=mixture", "--steps=8", "--warmup=0",
+                                                   f"--strategy_weights={weights}", f"--batch_size={batch_size}"]))
+        with open("out/mixture/log.jsonl") as f:
+            return [json.loads(line) for line in f][-1]
+
+    alone, among = scores([0.0, 3.0, 0.0], 10), scores([1e-9, 3.0, 1e-9], 30)
+    assert among["loss"] == pytest.approx(alone["loss"], rel=1e-3)  # after 7 equal steps
+    assert among["floor"] == pytest.approx(alone["floor"], abs=1e-6) == 0
+    assert scores([1.0, 2.0, 1.0], 30)["floor"] == pytest.approx(1.5 * math.log(2))
+
+
+def test_three_of_four_training_inputs_are_cropped(workplace, monkeypatch):
     lengths, score = [], train_base.score_base
 
     def spy(model, ids, starts):
@@ -74,7 +88,7 @@ def test_three_of_four_training_records_are_cropped(workplace, monkeypatch):
     monkeypatch.setattr(train_base, "score_base", spy)
     train_base.train(configs.load(train_base, ["configs/tiny_base.py", "--name=crop", "--steps=1", "--crop=5"]))
     training, *validation = lengths
-    assert (training == 5).sum() == 24 and (training > 5).sum() == 8
+    assert (training == 5).sum() == 21 and (training > 5).sum() == 9  # 10 inputs of 3 records
     assert all((held_out > 5).all() for held_out in validation)
 
 
@@ -259,6 +273,9 @@ def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 1}"], "no input on which all strategies"),
     (["train_base.py", "configs/summation_base.py", "--task_sizes={'max_value': 12}"], "not in the vocabulary"),
     (["train_base.py", "configs/tiny_base.py", "--block_size=16"], "block_size"),
+    (["train_base.py", "configs/tiny_base.py", "--chunks=0"], "'chunks' must be at least 1"),
+    (["train_base.py", "configs/tiny_base.py", "--crop=-1"], "'crop' must be at least 0"),
+    (["train_base.py", "configs/tiny_base.py", "--batch_size=2"], "one record of each strategy"),
     (["evaluate.py", "out/nothing"], "does not exist"),
     (["evaluate.py", "out/tiny_base"], "is no factorization checkpoint"),
     (["evaluate.py", "out/reference", "--shw=2"], "unknown or incomplete flag"),
