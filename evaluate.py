@@ -34,11 +34,11 @@ def load_run(folder):
     return checkpoint, base, task, Tokenizer(task.vocab, model.config.n_latents), model, q
 
 
-def test_inputs(task, n):
-    """Up to n different test inputs, the same ones on every call; fewer where the task has no more."""
-    rng, found = random.Random("test inputs"), {}
+def different_inputs(task, n, test):
+    """Up to n different inputs, the same ones on every call; fewer where the task has no more."""
+    rng, found = random.Random("inputs"), {}
     for _ in range(20 * n):
-        x = task.sample_input(rng, test=True)
+        x = task.sample_input(rng, test)
         found[tuple(x)] = x
         if len(found) == n:
             break
@@ -127,7 +127,7 @@ def evaluate(folder, seed=0):
     checkpoint, base, task, tokenizer, model, q = load_run(folder)
     cfg = checkpoint["config"]
     set_threads(cfg["threads"])
-    xs = test_inputs(task, cfg["eval_inputs"])
+    xs = different_inputs(task, cfg["eval_inputs"], test=True)
     metrics, C = controlled(model, task, tokenizer, xs, seed)
     router_metrics, shares, base_shares = router_sampled(model, base, task, tokenizer, xs, cfg["eval_samples"], seed)
     metrics |= router_metrics
@@ -250,7 +250,7 @@ def main(argv):
         if key == "--x" and value:
             show(folder, [typed_input(folder, value)])
         elif key == "--show" and value.isdigit() and int(value) > 0:
-            show(folder, test_inputs(load_run(folder)[2], int(value)))
+            show(folder, different_inputs(load_run(folder)[2], int(value), test=True))
         else:
             fail(f"unknown or incomplete flag '{flag}'; known: --show=N, --x=\"...\"")
 

@@ -69,10 +69,10 @@ class Config:
     posterior_lr: float = 3e-3  # peak learning rate of the posterior, by AdamW
     weight_decay: float = 0.0  # decoupled, as in AdamW
     warmup: int = 20  # steps of linear warm-up; after them the rate falls linearly to 0
-    # evaluation, on test inputs
+    # evaluation
     eval_every: int = 50  # steps between looks at the alignment
-    look_inputs: int = 64  # inputs a look
-    eval_inputs: int = 256  # different inputs, as many as the task has
+    look_inputs: int = 64  # training inputs a look
+    eval_inputs: int = 256  # different test inputs, as many as the task has
     eval_samples: int = 8  # router samples an input
     seed: int = 0  # of weights, data and clusters
     threads: int = 2  # CPU threads
@@ -235,7 +235,7 @@ def factorize(cfg):
         entry["normalized_reconstruction"] = entry["reconstruction"] / c_base
         entry["minutes"] = (time.time() - start) / 60
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            xs = evaluate.test_inputs(task, cfg.look_inputs)
+            xs = evaluate.different_inputs(task, cfg.look_inputs, test=False)  # recipes are chosen by these looks
             shown = evaluate.controlled(model, task, tokenizer, xs, seed=step)[0]
             entry |= shown
             if bar.disable:

@@ -196,6 +196,25 @@ def test_looking_at_the_alignment_changes_no_weight(reference):
     assert same(run("blind", "--eval_every=4")[1], reference[1])
 
 
+def test_no_test_input_is_seen_before_the_evaluation(workplace, monkeypatch):
+    """Neither by training nor by a look, by which a recipe is chosen."""
+    import tasks
+    seen, sample_input = [], tasks.Task.sample_input
+
+    def spy(task, rng, test=None):
+        seen.append(task.is_test_input(x := sample_input(task, rng, test)))
+        return x
+
+    cfg = configs.load(factorize, [*SHORT, "--name=unseen"])
+    made = factorize.get_base(cfg)
+    monkeypatch.setattr(factorize, "get_base", lambda cfg: made)  # which tries its sizes out on both sides of the split
+    monkeypatch.setattr(tasks.Task, "sample_input", spy)
+    factorize.factorize(cfg)
+    assert len(seen) > 100 and not any(seen)
+    evaluate.different_inputs(made[1], 4, test=True)
+    assert any(seen)
+
+
 def test_only_a_full_posterior_trains_its_backbone(reference):
     base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["model"]
     for name in ("linear", "full"):
@@ -249,7 +268,7 @@ def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
     from model import GPT, GPTConfig
     task = tasks.TASKS["linear_equation_solving"]
     tokenizer = tasks.Tokenizer(task.vocab, 2)
-    xs = evaluate.test_inputs(task, 20)
+    xs = evaluate.different_inputs(task, 20, test=True)
     ys = [task.trace(x, task.strategies[(k + i) % 2]) for i, x in enumerate(xs) for k in range(2)]
     monkeypatch.setattr(evaluate, "sample_ys", lambda *args, **kwargs: ys)
     metrics, _ = evaluate.controlled(GPT(GPTConfig(len(tokenizer), 2)), task, tokenizer, xs, 0)
