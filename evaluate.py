@@ -60,7 +60,7 @@ def controlled(model, task, tokenizer, xs, seed):
     mean_coverage = sum(coverage) / len(xs)
     return {"alignment_one_to_one": alignment, "local_strategy_coverage_mean": mean_coverage,
             "local_strategy_full_coverage_rate": sum(c == 1 for c in coverage) / len(xs),
-            "permutation_gap": mean_coverage - alignment,
+            "permutation_gap": mean_coverage - alignment, "latent_purity": C.max(dim=1).values.min().item(),
             "controlled_parse_success": answers["parse_success"],
             "controlled_final_answer_accuracy": answers["final_answer_accuracy"]}, C
 

@@ -38,6 +38,7 @@ class Config:
     base: str  # config file of the base model, which is trained first if its checkpoint is missing
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     n_latents: int = 0  # K; 0: as many as the task has strategies
+    prior: list | None = None  # share of the base's solutions that each latent should stand for; None: equal shares
     steps: int = 700  # gradient steps
     batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: int = 512  # pairs sampled at a time; each is used once
@@ -49,9 +50,9 @@ class Config:
     cluster_restarts: int = 192  # starts of the clustering, of which the best counts
     held_steps: int = 300  # steps whose labels come from the posterior as it started
     responsibility_steps: int = 350  # further steps with balanced responsibilities; the remaining ones train the ELBO
-    tau: float = 1.0  # temperature of log p(y|x,z) in the responsibilities
+    tau: float = 0.5  # temperature of log p(y|x,z) in the responsibilities
     held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
-    alpha: float = 1.0  # weight of log q(z|x,y) in the responsibilities
+    alpha: float = 2.0  # weight of log q(z|x,y) in the responsibilities
     posterior: str = "linear"  # "linear": frozen backbone, trained head; "full": both trained
     # objective J = R + beta KL + sum_i weight_i L_i of the ELBO; a term of weight 0 takes no part in it
     normalize_reconstruction: bool = True  # divide R by c_base, the base's validation loss
@@ -167,7 +168,7 @@ def factorize(cfg):
     start_nll_error = compare_to_base(model, other_pairs)
     q = Posterior(base, K, cfg.posterior)
     optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
-    log_prior = torch.full((K,), -math.log(K))
+    log_prior = torch.tensor(cfg.prior or K * [1.0]).log().log_softmax(dim=0)
     folder = os.path.join("out", cfg.name)
     os.makedirs(folder, exist_ok=True)
     write_json(os.path.join(folder, "config.json"), dataclasses.asdict(cfg))
@@ -273,6 +274,8 @@ def check(cfg, K):
     """Stops with one line, before any training, on values that make no sense together."""
     if K < 2:
         fail(f"config key 'n_latents': a factorization needs at least 2 latents, got {K}")
+    if cfg.prior and (len(cfg.prior) != K or min(cfg.prior) <= 0):
+        fail(f"config key 'prior' takes {K} positive shares, got {cfg.prior}")
     if cfg.posterior not in ("linear", "full"):
         fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
     for key in ("steps", "batch_size", "pool_size", "chunks", "eval_every", "eval_inputs", "eval_samples", "threads"):

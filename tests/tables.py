@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import statistics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TASKS = ("summation", "sorting", "grid", "equation", "base_conversion", "addition")
@@ -29,26 +30,33 @@ def base_table():
     for name, result in results("*_base_seed*.json").items():
         m = result["metrics"]
         shares = [value for key, value in m.items() if key.startswith("share_")]
+        weights = result["config"]["strategy_weights"] or len(shares) * [1]
+        error = max(abs(s - w / sum(weights)) for s, w in zip(shares, weights))
         rows.append([name.replace("_seed", ", seed "), f"{m['floor']:.3f}", f"{m['nll']:.3f}",
-                     f"{m['valid_trace_rate']:.3f}", f"{max(abs(s - 1 / len(shares)) for s in shares):.3f}",
-                     f"{m['final_answer_accuracy']:.3f}",
+                     f"{m['valid_trace_rate']:.3f}", f"{error:.3f}", f"{m['final_answer_accuracy']:.3f}",
                      f"{m['minutes']:.1f}"])
-    head = ["base", "log S", "held-out NLL", "valid traces", "largest share error", "answer right", "minutes"]
+    head = ["base", "entropy", "held-out NLL", "valid traces", "largest share error", "answer right", "minutes"]
     return table(head, rows)
 
 
+def mean_and_std(values, digits=3):
+    """"0.991 ± 0.002"; a single value stands alone."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 def discrete_rows(pattern):
-    rows = []
+    runs = {}
     for name, result in results(pattern).items():
         m = result["metrics"]
-        rows.append([name.replace("_seed", ", seed ").replace("ablations/", ""),
-                     *(f"{m[key]:.3f}" for key in (
-                         "alignment_one_to_one", "local_strategy_full_coverage_rate", "permutation_gap",
-                         "controlled_final_answer_accuracy", "sampled_final_answer_accuracy",
-                         "base_final_answer_accuracy", "nll", "base_nll", "sampled_strategy_total_variation")),
-                     f"{m['minutes']:.1f}"])
-    return table(["run", "alignment", "full coverage", "permutation gap", "answer right, z forced", "router", "base",
-                  "NLL", "base NLL", "TV", "minutes"], rows)
+        runs.setdefault(name.split("_seed")[0], []).append(m | {"nll_gap": m["nll"] - m["base_nll"]})
+    keys = {"alignment_one_to_one": "alignment", "local_strategy_full_coverage_rate": "full coverage",
+            "permutation_gap": "permutation gap", "controlled_final_answer_accuracy": "answer right, z forced",
+            "sampled_final_answer_accuracy": "router", "base_final_answer_accuracy": "base", "base_nll": "base NLL",
+            "nll_gap": "NLL gap", "sampled_strategy_total_variation": "TV"}
+    rows = [[name, str(len(seeds)), *(mean_and_std([m[key] for m in seeds]) for key in keys),
+             mean_and_std([m["minutes"] for m in seeds], 1)] for name, seeds in runs.items()]
+    return table(["run", "seeds", *keys.values(), "minutes"], rows)
 
 
 TABLES = {"base": base_table, "discrete": lambda: discrete_rows("*_discrete_seed*.json"),

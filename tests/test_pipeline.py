@@ -275,7 +275,7 @@ def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
     assert metrics["local_strategy_coverage_mean"] == 1 and metrics["controlled_final_answer_accuracy"] == 1
     # 2 latents, each right on half of the inputs, over max(K, S) = 3
     assert metrics["alignment_one_to_one"] == pytest.approx(1 / 3)
-    assert metrics["permutation_gap"] == pytest.approx(2 / 3)
+    assert metrics["permutation_gap"] == pytest.approx(2 / 3) and metrics["latent_purity"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -284,6 +284,7 @@ def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
     (["factorize.py", "configs/tiny_discrete.py", "--steps=many"], "'steps' takes int"),
     (["factorize.py", "configs/tiny_discrete.py", "steps=3"], "expected --key=value"),
     (["factorize.py", "configs/tiny_discrete.py", "--n_latents=1"], "at least 2 latents"),
+    (["factorize.py", "configs/tiny_discrete.py", "--prior=[0.5, 0.5]"], "takes 3 positive shares"),
     (["factorize.py", "configs/tiny_discrete.py", "--batch_size=0"], "'batch_size' must be at least 1"),
     (["factorize.py", "configs/tiny_discrete.py", "--posterior=half"], "'linear' or 'full'"),
     (["train_base.py", "configs/tiny_base.py", "--task=sort"], "unknown task 'sort'"),
