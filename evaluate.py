@@ -45,6 +45,13 @@ def different_inputs(task, n, test):
     return list(found.values())
 
 
+def local_coverage(found, n, K, S):
+    """found: a strategy or None for each of n solutions to every x in turn. Distinct strategies among the first K of an
+    x, over min(K, S): (mean over x, share of x where it is 1)."""
+    shares = [len(set(found[i:i + K]) - {None}) / min(K, S) for i in range(0, len(found), n)]
+    return sum(shares) / len(shares), sum(share == 1 for share in shares) / len(shares)
+
+
 @torch.no_grad()
 def controlled(model, task, tokenizer, xs, seed):
     """Forces every z on every x and decodes one y. Returns (metrics, C), C[z][s]: share of x on which z gave s."""
@@ -54,13 +61,12 @@ def controlled(model, task, tokenizer, xs, seed):
     all_xs = [x for x in xs for _ in range(K)]
     found = [task.attribute(x, y) for x, y in zip(all_xs, ys)]
     C = torch.tensor([[found[k::K].count(s) / len(xs) for s in task.strategies] for k in range(K)])
-    coverage = [len(set(found[i:i + K]) - {None}) / min(K, S) for i in range(0, len(found), K)]
+    coverage, full_coverage = local_coverage(found, K, K, S)
     answers = score_answers(task, all_xs, ys)
     alignment = one_to_one_matching(C)[0] / max(K, S)
-    mean_coverage = sum(coverage) / len(xs)
-    return {"alignment_one_to_one": alignment, "local_strategy_coverage_mean": mean_coverage,
-            "local_strategy_full_coverage_rate": sum(c == 1 for c in coverage) / len(xs),
-            "permutation_gap": mean_coverage - alignment, "latent_purity": C.max(dim=1).values.min().item(),
+    return {"alignment_one_to_one": alignment, "local_strategy_coverage_mean": coverage,
+            "local_strategy_full_coverage_rate": full_coverage,
+            "permutation_gap": coverage - alignment, "latent_purity": C.max(dim=1).values.min().item(),
             "controlled_parse_success": answers["parse_success"],
             "controlled_final_answer_accuracy": answers["final_answer_accuracy"]}, C
 
@@ -78,8 +84,8 @@ def router_log_probs(model, tokenizer, xs):
 
 @torch.no_grad()
 def router_sampled(model, base, task, tokenizer, xs, samples, seed):
-    """z ~ p(z|x), then y ~ p(y|x,z), against y from the base. Returns (metrics, shares of the factorization's
-    strategies, shares of the base's), both over all inputs and samples."""
+    """`samples` (at least K) times z ~ p(z|x), then y ~ p(y|x,z), against y from the base. Returns (metrics, shares of the
+    factorization's strategies, shares of the base's), both over all inputs and samples."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.multinomial(router_log_probs(model, tokenizer, xs).exp(), samples, replacement=True, generator=generator)
     all_xs = [x for x in xs for _ in range(samples)]
@@ -90,6 +96,9 @@ def router_sampled(model, base, task, tokenizer, xs, samples, seed):
         found = [task.attribute(x, y) for x, y in zip(all_xs, ys)]
         shares.append([found.count(s) / len(found) for s in (*task.strategies, None)])
         metrics |= {f"{name}_{key}": value for key, value in score_answers(task, all_xs, ys).items()}
+    # `found` is the base's: what K of its samples show, in place of K latents
+    coverage, full_coverage = local_coverage(found, samples, model.config.n_latents, len(task.strategies))
+    metrics |= {"base_local_strategy_coverage_mean": coverage, "base_local_strategy_full_coverage_rate": full_coverage}
     metrics["sampled_strategy_total_variation"] = sum(abs(a - b) for a, b in zip(*shares)) / 2
     return metrics, *shares
 
@@ -129,7 +138,8 @@ def evaluate(folder, seed=0):
     set_threads(cfg["threads"])
     xs = different_inputs(task, cfg["eval_inputs"], test=True)
     metrics, C = controlled(model, task, tokenizer, xs, seed)
-    router_metrics, shares, base_shares = router_sampled(model, base, task, tokenizer, xs, cfg["eval_samples"], seed)
+    samples = max(cfg["eval_samples"], model.config.n_latents)
+    router_metrics, shares, base_shares = router_sampled(model, base, task, tokenizer, xs, samples, seed)
     metrics |= router_metrics
     metrics |= held_out(model, q, base, task, tokenizer, xs, 1024, checkpoint["base"]["c_base"], seed)
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}

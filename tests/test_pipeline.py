@@ -278,6 +278,13 @@ def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
     assert metrics["permutation_gap"] == pytest.approx(2 / 3) and metrics["latent_purity"] == pytest.approx(0.5)
 
 
+def test_local_coverage_counts_distinct_strategies_among_the_first_k():
+    found = ["a", "b", None, None, "a", "b", "a", "a", "b", "b", None, "a"]  # 4 solutions to each of 3 inputs
+    assert evaluate.local_coverage(found, 4, K=2, S=3) == (pytest.approx((2 + 2 + 1) / 6), pytest.approx(2 / 3))
+    assert evaluate.local_coverage(found, 4, K=4, S=2) == (1, 1)
+    assert evaluate.local_coverage(found, 4, K=3, S=3) == (pytest.approx((2 + 2 + 1) / 9), 0)
+
+
 @pytest.mark.parametrize("argv, words", [
     (["factorize.py", "configs/tiny_discrete.py", "--beat=0.1"], "did you mean 'beta'?"),
     (["factorize.py", "configs/missing.py"], "does not exist"),
