@@ -84,8 +84,8 @@ def router_log_probs(model, tokenizer, xs):
 
 @torch.no_grad()
 def router_sampled(model, base, task, tokenizer, xs, samples, seed):
-    """`samples` (at least K) times z ~ p(z|x), then y ~ p(y|x,z), against y from the base. Returns (metrics, shares of the
-    factorization's strategies, shares of the base's), both over all inputs and samples."""
+    """z ~ p(z|x), then y ~ p(y|x,z), `samples` (at least K) times, against y from the base. Returns (metrics, shares of
+    the factorization's strategies, shares of the base's), both over all inputs and samples."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.multinomial(router_log_probs(model, tokenizer, xs).exp(), samples, replacement=True, generator=generator)
     all_xs = [x for x in xs for _ in range(samples)]

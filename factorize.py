@@ -27,10 +27,11 @@ import evaluate
 import losses
 import train_base
 from configs import fail
-from model import in_threads, log_likelihood, sample_pairs, score_latents, set_threads
+from model import GPT, Pairs, in_threads, log_likelihood, sample_pairs, score_latents, set_threads
 from posterior import Posterior, cluster_responses
 from tasks import Tokenizer
-from train_base import check_finite, load_base, make_optimizers, save, set_lr, trapezoid, write_json, write_result
+from train_base import (check_finite, finish, interruptible, load_base, make_optimizers, open_run, restore, save_state,
+                        set_lr, stop, trapezoid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,9 @@ class Config:
     eval_samples: int = 8  # router samples an input
     seed: int = 0  # of weights, data and clusters
     threads: int = 2  # CPU threads
+    save_every: int = 100  # steps between saved states, from which an interrupted run can go on
+    resume: bool = False  # go on from the last saved state, of the base's training too, if there is one
+    overwrite: bool = False  # start again in a folder that holds a run
 
 
 def draw_pairs(base, task, tokenizer, n_inputs, n_responses, key):
@@ -153,7 +157,8 @@ def label(model, q, pool, cfg, step, log_prior):
     return logq, losses.balanced_responsibilities(log_likelihood(model, pool) / cfg.tau + cfg.alpha * logq, log_prior)
 
 
-def factorize(cfg):
+@interruptible
+def factorize(cfg, signals):
     """Runs the recipe of cfg and leaves its run folder; returns the path of the folder."""
     set_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -162,27 +167,34 @@ def factorize(cfg):
     K = cfg.n_latents or len(task.strategies)
     check(cfg, K)
     tokenizer = Tokenizer(task.vocab, K)
-    slot_pairs, other_pairs = (draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"{name} {cfg.seed}")
-                               for name in ("slot", "start"))
-    model = base.with_latents(K, slot_pairs, cfg.slot_steps)
-    start_nll_error = compare_to_base(model, other_pairs)
+    log_prior = torch.tensor(cfg.prior or K * [1.0]).log().log_softmax(dim=0)
+    folder, log, state = open_run(cfg)
+    start, first_step, pool, labels = time.time(), 0, None, None
+    if state:
+        model = GPT(dataclasses.replace(base.config, vocab_size=len(tokenizer), n_latents=K))
+    else:
+        slot_pairs, other_pairs = (draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"{name} {cfg.seed}")
+                                   for name in ("slot", "start"))
+        model = base.with_latents(K, slot_pairs, cfg.slot_steps)
+        start_nll_error = compare_to_base(model, other_pairs)
+        print(f"{cfg.name}: {K} latents for {task.name}, base at {c_base:.3f} nats a solution; inserted, they change "
+              f"that by at most {start_nll_error:.1%}", flush=True)
     q = Posterior(base, K, cfg.posterior)
     optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
-    log_prior = torch.tensor(cfg.prior or K * [1.0]).log().log_softmax(dim=0)
-    folder = os.path.join("out", cfg.name)
-    os.makedirs(folder, exist_ok=True)
-    write_json(os.path.join(folder, "config.json"), dataclasses.asdict(cfg))
-    log = open(os.path.join(folder, "log.jsonl"), "w")
-    start = time.time()
-    print(f"{cfg.name}: {K} latents for {task.name}, base at {c_base:.3f} nats a solution; inserted, they change that "
-          f"by at most {start_nll_error:.1%}", flush=True)
-    if cfg.cluster_inputs:
+    if state:
+        if state["c_base"] != c_base:
+            fail(f"'{folder}' was begun with another base than that of {cfg.base}: start again by --overwrite=True")
+        restore(state, model, optimizers)
+        q.load_state_dict(state["posterior"])
+        first_step, start, start_nll_error = state["step"], start - 60 * state["minutes"], state["start_nll_error"]
+        pool, labels = Pairs(*state["pool"]), state["labels"]
+    elif cfg.cluster_inputs:
         agreement = start_posterior(q, base, task, tokenizer, cfg, log_prior)
         print(f"{cfg.name}: {agreement:.0%} of {cfg.cluster_restarts} restarts found the same clusters, "
               f"{(time.time() - start) / 60:.1f} min", flush=True)
     elbo_step = cfg.held_steps + cfg.responsibility_steps
     shown = {}
-    bar = tqdm(range(cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
+    bar = tqdm(range(first_step, cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
     for step in bar:
         set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
         # pairs are sampled from the frozen base as they are needed, and never twice
@@ -191,15 +203,15 @@ def factorize(cfg):
         if used == 0:
             pool = draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
             if step < elbo_step:
-                pool_logq, pool_log_t = label(model, q, pool, cfg, step, log_prior)
+                labels = label(model, q, pool, cfg, step, log_prior)
         batch = pool.rows(rows)
 
         # Before the ELBO the generator learns from labels T, which no gradient flows through: one z ~ T an example
         # estimates the reconstruction without bias and costs a K-th. In the ELBO, every sum over z is exact.
         held = step < cfg.held_steps
-        logq = pool_logq[rows] if held else q(batch)  # (B, K)
+        logq = labels[0][rows] if held else q(batch)  # (B, K)
         if step < elbo_step:
-            log_t = pool_log_t[rows]
+            log_t = labels[1][rows]
             z = torch.multinomial(log_t.exp(), 1, generator=torch.Generator().manual_seed(cfg.seed * 10**6 + step))
             assignment = torch.zeros(cfg.batch_size, 1)  # log 1, of the z that was drawn
         else:
@@ -246,8 +258,12 @@ def factorize(cfg):
         log.write(json.dumps(entry) + "\n")
         bar.set_postfix_str(f"R/c {entry['normalized_reconstruction']:.3f} KL {entry['kl']:.3f} alignment "
                             f"{shown.get('alignment_one_to_one', 0):.3f}")
-    log.close()
-    save(os.path.join(folder, "ckpt.pt"), {
+        if (signals or (step + 1) % cfg.save_every == 0) and step + 1 < cfg.steps:
+            save_state(folder, log, cfg, step + 1, model, optimizers, posterior=q.state_dict(), c_base=c_base,
+                       pool=list(pool), labels=labels, start_nll_error=start_nll_error,
+                       minutes=(time.time() - start) / 60)
+            stop(signals, cfg, step + 1)
+    finish(folder, log, {
         "kind": "factorization", "version": 1, "config": dataclasses.asdict(cfg), "base": base_checkpoint,
         "model_config": vars(model.config), "model": model.state_dict(), "posterior": q.state_dict(),
         "minutes": (time.time() - start) / 60, "last_log": entry,
@@ -257,7 +273,7 @@ def factorize(cfg):
 
 def get_base(cfg):
     """The frozen base model, its task and its checkpoint; trains it if the checkpoint is missing."""
-    base_cfg = configs.load(train_base, [cfg.base, f"--threads={cfg.threads}"])
+    base_cfg = configs.load(train_base, [cfg.base, f"--threads={cfg.threads}", f"--resume={cfg.resume}"])
     path = os.path.join("out", base_cfg.name, "ckpt.pt")
     if not os.path.exists(path):
         print(f"{path} is missing: training the base model first (python train_base.py {cfg.base})", flush=True)
@@ -278,7 +294,8 @@ def check(cfg, K):
         fail(f"config key 'prior' takes {K} positive shares, got {cfg.prior}")
     if cfg.posterior not in ("linear", "full"):
         fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
-    for key in ("steps", "batch_size", "pool_size", "chunks", "eval_every", "eval_inputs", "eval_samples", "threads"):
+    for key in ("steps", "batch_size", "pool_size", "chunks", "eval_every", "eval_inputs", "eval_samples", "threads",
+                "save_every"):
         if getattr(cfg, key) < 1:
             fail(f"config key '{key}' must be at least 1, got {getattr(cfg, key)}")
     if cfg.pool_size % cfg.batch_size:

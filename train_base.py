@@ -6,11 +6,13 @@ Leaves out/sorting_base/ with ckpt.pt, config.json, log.jsonl and metrics.json. 
 entropy of the mixture, log S nats a sequence for S equally likely strategies: traces are deterministic given one.
 """
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +50,9 @@ class Config:
     final_eval_size: int = 2000  # the same, after training
     seed: int = 0  # of weights and data
     threads: int = 2  # CPU threads
+    save_every: int = 500  # steps between saved states, from which an interrupted run can go on
+    resume: bool = False  # go on from the last saved state, if there is one
+    overwrite: bool = False  # start again in a folder that holds a run
 
 
 def make_task(name, sizes):
@@ -129,10 +134,110 @@ def sample_ys(model, tokenizer, prompts, generator, temperature=1.0):
     return ys
 
 
+def write(path, fill):
+    """Writes a file atomically: what stood at `path` is replaced only by all that `fill(file)` writes, safe on disk."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            fill(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:  # a full disk, for example, of which torch makes a RuntimeError
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        fail(f"cannot write '{path}' ({' '.join(str(e).split())}); what stood there before is as it was")
+
+
 def save(path, content):
-    """torch.save, atomically: what stood at `path` is replaced only by a complete file."""
-    torch.save(content, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    write(path, lambda f: torch.save(content, f))
+
+
+def write_json(path, content):
+    write(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
+
+
+def interruptible(train):
+    """Calls train(cfg, signals): SIGINT and SIGTERM only note themselves in the list `signals`, so that the loop can
+    finish its step and save; a second one ends the program at once."""
+    @functools.wraps(train)
+    def wrapper(cfg):
+        signals = []
+
+        def note(number, frame):
+            if signals:
+                sys.exit(128 + number)
+            signals.append(number)
+            os.write(2, b"stopping after the next step; once more: at once\n")
+
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            result = train(cfg, signals)
+        except OSError as e:  # the log, on a full disk
+            fail(f"{cfg.name}: {e}; the last saved state is as it was")
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+        if signals:  # during the last step
+            sys.exit(128 + signals[0])
+        return result
+    return wrapper
+
+
+def open_run(cfg):
+    """Opens the folder out/<name>: returns it, the log file, and the state to go on from (None: begin at step 0).
+    Refuses a folder in which a run has begun, unless told to go on or to start again."""
+    folder = os.path.join("out", cfg.name)
+    log_path, state_path = os.path.join(folder, "log.jsonl"), os.path.join(folder, "state.pt")
+    lines, state = [], None
+    if cfg.resume and os.path.exists(state_path):
+        state = load_checkpoint(state_path, "state")
+        for key, value in dataclasses.asdict(cfg).items():
+            if key not in ("threads", "save_every", "resume", "overwrite") and value != state["config"].get(key):
+                fail(f"'{folder}' was begun with {key} = {state['config'].get(key)!r}, but goes on with {value!r}")
+        with open(log_path) as f:
+            lines = f.readlines()[:state["log_lines"]]
+    elif cfg.resume and os.path.exists(os.path.join(folder, "ckpt.pt")):
+        fail(f"'{folder}' holds a finished run: there is nothing to go on with")
+    elif os.path.exists(log_path) and not cfg.resume and not cfg.overwrite:
+        fail(f"'{folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
+    os.makedirs(folder, exist_ok=True)
+    if not state and os.path.exists(state_path):  # of the run that is overwritten
+        os.remove(state_path)
+    write_json(os.path.join(folder, "config.json"), dataclasses.asdict(cfg))
+    write(log_path, lambda f: f.write("".join(lines).encode()))
+    return folder, open(log_path, "a"), state
+
+
+def save_state(folder, log, cfg, step, model, optimizers, **more):
+    """Saves all that the rest of a run depends on after `step` steps."""
+    log.flush()
+    with open(log.name) as f:
+        log_lines = len(f.readlines())
+    save(os.path.join(folder, "state.pt"), {
+        "kind": "state", "version": 1, "config": dataclasses.asdict(cfg), "step": step, "log_lines": log_lines,
+        "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], **more})
+
+
+def restore(state, model, optimizers):
+    model.load_state_dict(state["model"])
+    for optimizer, content in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(content)
+
+
+def stop(signals, cfg, step):
+    """Ends the program after `step` steps, if a signal asked for it."""
+    if signals:
+        print(f"{cfg.name}: stopped after step {step} of {cfg.steps}; the same command with --resume=True goes on",
+              flush=True)
+        sys.exit(128 + signals[0])
+
+
+def finish(folder, log, checkpoint):
+    """The run is complete: its checkpoint takes the place of the state to go on from."""
+    log.close()
+    save(os.path.join(folder, "ckpt.pt"), checkpoint)
+    if os.path.exists(os.path.join(folder, "state.pt")):
+        os.remove(os.path.join(folder, "state.pt"))
 
 
 def load_checkpoint(path, kind):
@@ -171,12 +276,6 @@ def check_finite(loss, parameters, step, terms):
         fail(f"step {step + 1}: {'term ' + bad[0] if bad else 'a gradient'} is not finite; nothing was saved")
 
 
-def write_json(path, content):
-    with open(path + ".tmp", "w") as f:
-        json.dump(content, f, indent=1)
-    os.replace(path + ".tmp", path)
-
-
 def write_result(folder, config, metrics):
     """metrics.json, and result.json: the same with all that is needed to repeat the run."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
@@ -188,9 +287,11 @@ def write_result(folder, config, metrics):
         "metrics": metrics})
 
 
-def train(cfg):
+@interruptible
+def train(cfg, signals):
     """Trains the base of cfg and leaves its run folder, with ckpt.pt written last."""
-    for key in ("steps", "batch_size", "chunks", "eval_every", "eval_size", "final_eval_size", "threads", "crop"):
+    for key in ("steps", "batch_size", "chunks", "eval_every", "eval_size", "final_eval_size", "threads",
+                "save_every", "crop"):
         least = 0 if key == "crop" else 1
         if getattr(cfg, key) < least:
             fail(f"config key '{key}' must be at least {least}, got {getattr(cfg, key)}")
@@ -209,12 +310,12 @@ def train(cfg):
     weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs  # of the records of a batch
     model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
     parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
-    folder = os.path.join("out", cfg.name)
-    os.makedirs(folder, exist_ok=True)
-    write_json(os.path.join(folder, "config.json"), dataclasses.asdict(cfg))
-    log = open(os.path.join(folder, "log.jsonl"), "w")
-    start, scores = time.time(), None
-    bar = tqdm(range(cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
+    folder, log, state = open_run(cfg)
+    first_step, start, scores = 0, time.time(), None
+    if state:
+        restore(state, model, optimizers)
+        first_step, start = state["step"], start - 60 * state["minutes"]
+    bar = tqdm(range(first_step, cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
     for step in bar:
         set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
         # data are a function of (seed, step) alone
@@ -251,8 +352,11 @@ def train(cfg):
                       f"{scores['minutes'] * (cfg.steps / (step + 1) - 1):.1f} min left", flush=True)
         if scores:
             bar.set_postfix_str(f"loss {loss:.3f} floor {floor:.3f} valid traces {scores['valid_trace_rate']:.3f}")
+        if (signals or (step + 1) % cfg.save_every == 0) and step + 1 < cfg.steps:
+            save_state(folder, log, cfg, step + 1, model, optimizers, minutes=(time.time() - start) / 60)
+            stop(signals, cfg, step + 1)
     write_result(folder, dataclasses.asdict(cfg), scores)
-    save(os.path.join(folder, "ckpt.pt"), {
+    finish(folder, log, {
         "kind": "base", "version": 1, "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
         "model": model.state_dict(), "vocab": list(task.vocab), "c_base": scores["nll"]})
 

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from conftest import ROOT
 
 SHORT = ["configs/tiny_discrete.py", "--steps=4", "--held_steps=1", "--responsibility_steps=2", "--eval_every=2",
          "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2", "--pool_size=32",
-         "--eval_inputs=8", "--eval_samples=2", "--look_inputs=4", "--chunks=1"]
+         "--eval_inputs=8", "--eval_samples=2", "--look_inputs=4", "--chunks=1", "--overwrite=True"]
 
 
 def run(name, *flags):
@@ -57,8 +58,8 @@ def test_the_base_learns_and_its_checkpoint_holds_c_base(workplace):
 def test_a_batch_in_pieces_trains_the_base_like_a_whole_one(workplace):
     nll = {}
     for chunks in (1, 3):
-        train_base.train(configs.load(train_base, ["configs/tiny_base.py", "--name=pieces", "--steps=8", "--warmup=0",
-                                                   f"--chunks={chunks}"]))
+        train_base.train(configs.load(train_base, ["configs/tiny_base.py", "--name=pieces", "--overwrite=True",
+                                                   "--steps=8", "--warmup=0", f"--chunks={chunks}"]))
         with open("out/pieces/metrics.json") as f:
             nll[chunks] = json.load(f)["nll"]
     assert nll[3] == pytest.approx(nll[1], rel=1e-3)
@@ -67,8 +68,9 @@ def test_a_batch_in_pieces_trains_the_base_like_a_whole_one(workplace):
 def test_a_mixture_weighs_the_records_of_every_input(workplace):
     """Strategies of next to no weight change nothing, wherever they stand in the batch: loss, floor and gradient."""
     def scores(weights, batch_size):
-        train_base.train(configs.load(train_base, ["configs/tiny_base.py", "--name=mixture", "--steps=8", "--warmup=0",
-                                                   f"--strategy_weights={weights}", f"--batch_size={batch_size}"]))
+        train_base.train(configs.load(train_base, [
+            "configs/tiny_base.py", "--name=mixture", "--overwrite=True", "--steps=8", "--warmup=0",
+            f"--strategy_weights={weights}", f"--batch_size={batch_size}"]))
         with open("out/mixture/log.jsonl") as f:
             return [json.loads(line) for line in f][-1]
 
@@ -299,7 +301,7 @@ def test_local_coverage_counts_distinct_strategies_among_the_first_k():
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'sides': 3}"], "task_sizes"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 1}"], "no input on which all strategies"),
     (["train_base.py", "configs/summation_base.py", "--task_sizes={'max_value': 12}"], "not in the vocabulary"),
-    (["train_base.py", "configs/tiny_base.py", "--block_size=16"], "block_size"),
+    (["train_base.py", "configs/tiny_base.py", "--name=short", "--block_size=16"], "block_size"),
     (["train_base.py", "configs/tiny_base.py", "--chunks=0"], "'chunks' must be at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--crop=-1"], "'crop' must be at least 0"),
     (["train_base.py", "configs/tiny_base.py", "--batch_size=2"], "one record of each strategy"),
@@ -362,3 +364,92 @@ def test_show_prints_every_latent_side_by_side(reference, workplace):
 def test_help_lists_every_config_key():
     code, out, _ = program("factorize.py", "--help", cwd=ROOT)
     assert code == 0 and all(key in out for key in ("responsibility_steps", "beta", "python factorize.py configs/"))
+
+
+def interrupted(monkeypatch, script, train, cfg, number=signal.SIGTERM):
+    """Trains until a signal arrives in the middle of step 3; returns the exit code."""
+    check = script.check_finite
+
+    def third(loss, parameters, step, terms):
+        check(loss, parameters, step, terms)
+        if step == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(script, "check_finite", third)
+    with pytest.raises(SystemExit) as exit:
+        train(cfg)
+    monkeypatch.setattr(script, "check_finite", check)
+    return exit.value.code
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_base_that_is_interrupted_and_resumed_is_the_same_base(workplace, monkeypatch, number):
+    flags, names = ["configs/tiny_base.py", "--steps=6", "--eval_every=2"], (f"whole{number}", f"parts{number}")
+    whole, parts = (configs.load(train_base, [*flags, f"--name={name}"]) for name in names)
+    train_base.train(whole)
+    assert interrupted(monkeypatch, train_base, train_base.train, parts, number) == 128 + number
+    assert not os.path.exists(f"out/{parts.name}/ckpt.pt")
+    train_base.train(configs.load(train_base, [*flags, f"--name={parts.name}", "--resume=True"]))
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "minutes"} for line in open(f"out/{name}/log.jsonl")]
+            for name in names]
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+    assert same(*(torch.load(f"out/{name}/ckpt.pt", weights_only=True)["model"] for name in names))
+    assert not os.path.exists(f"out/{parts.name}/state.pt")
+
+
+@pytest.mark.parametrize("stages", [[], ["--responsibility_steps=1"]])  # within the responsibilities, and in the ELBO
+def test_a_factorization_that_is_interrupted_and_resumed_is_the_same_one(workplace, monkeypatch, stages):
+    """The interruption comes within a pool: its pairs and labels are part of the state."""
+    stages = ["--pool_size=128", "--steps=5", *stages]
+    log, weights = run("whole", *stages)
+    cfg = configs.load(factorize, [*SHORT, "--name=parts", *stages])
+    assert interrupted(monkeypatch, factorize, factorize.factorize, cfg) == 128 + signal.SIGTERM
+    resumed_log, resumed_weights = run("parts", *stages, "--overwrite=False", "--resume=True")
+    assert resumed_log == log and same(resumed_weights, weights)
+
+
+def test_a_saved_state_survives_a_kill_and_lines_after_it_are_dropped(reference, monkeypatch):
+    """A run that dies in step 4, saved after step 2: its third log line goes, and step 3 is done again."""
+    def die(loss, parameters, step, terms):
+        if step == 3:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(factorize, "check_finite", die)
+        with pytest.raises(RuntimeError):
+            run("dead", "--save_every=2")
+    with open("out/dead/log.jsonl") as f:
+        assert len(f.readlines()) == 3
+    log, weights = run("dead", "--overwrite=False", "--resume=True")
+    assert log == reference[0] and same(weights, reference[1])
+
+
+def test_a_second_run_in_a_folder_is_refused(reference):
+    for flag, words in (("--overwrite=False", "holds a run already"), ("--resume=True", "finished run")):
+        with pytest.raises(SystemExit, match=words):
+            run("reference", flag)
+
+
+def test_a_run_goes_on_only_as_it_was_begun(workplace, monkeypatch):
+    cfg = configs.load(factorize, [*SHORT, "--name=begun"])
+    interrupted(monkeypatch, factorize, factorize.factorize, cfg)
+    with pytest.raises(SystemExit, match="begun with beta = 0.1, but goes on with 0.2"):
+        run("begun", "--resume=True", "--beta=0.2")
+    content = torch.load("out/begun/state.pt", weights_only=True)
+    torch.save(content | {"c_base": 0.5}, "out/begun/state.pt")
+    with pytest.raises(SystemExit, match="another base"):
+        run("begun", "--resume=True")
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(workplace, monkeypatch):
+    run("disk")
+    before = open("out/disk/ckpt.pt", "rb").read()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="cannot write 'out/disk/.*No space left on device"):
+        run("disk")
+    assert open("out/disk/ckpt.pt", "rb").read() == before
+    assert not [name for name in os.listdir("out/disk") if name.endswith(".tmp")]
