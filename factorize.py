@@ -161,8 +161,8 @@ def label(model, q, pool, cfg, step, log_prior):
 def factorize(cfg, signals):
     """Runs the recipe of cfg and leaves its run folder; returns the path of the folder."""
     set_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)
     base, task, base_checkpoint = get_base(cfg)
+    torch.manual_seed(cfg.seed)  # after the base, which may or may not have been trained just now
     c_base = base_checkpoint["c_base"]
     K = cfg.n_latents or len(task.strategies)
     check(cfg, K)

@@ -59,7 +59,12 @@ def discrete_rows(pattern):
     return table(["run", "seeds", *keys.values(), "minutes"], rows)
 
 
-TABLES = {"base": base_table, "discrete": lambda: discrete_rows("*_discrete_seed*.json"),
+def faults_table():
+    with open(os.path.join(ROOT, "assets", "results", "faults.json")) as f:
+        return table(["fault", "times", "lost"], [[name, str(times), "nothing"] for name, times in json.load(f).items()])
+
+
+TABLES = {"faults": faults_table, "base": base_table, "discrete": lambda: discrete_rows("*_discrete_seed*.json"),
           "ablations": lambda: discrete_rows("ablations/*.json")}
 
 
