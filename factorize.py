@@ -112,7 +112,7 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
     evenly = features[:, :base.config.n_layer * width][:, -2 * width:]
     log_t, agreement = cluster_responses(evenly, index // cfg.cluster_responses, log_p, log_prior,
                                          torch.Generator().manual_seed(cfg.seed), cfg.cluster_restarts)
-    q.fit_head(features, log_t, log_p.exp())
+    q.fit_head(features, log_t, log_p.softmax(dim=0))
     return agreement
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from losses import balanced_responsibilities, token_weights
+from losses import balanced_responsibilities, grouped_logsumexp, token_weights
 from model import in_pieces, in_threads
 from tasks import PAD
 
@@ -109,7 +109,8 @@ def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, 
     Returns log T (N, K) and the share of restarts that ended in the same clusters (98% of the probability).
     """
     n_inputs, N = int(x_index.max()) + 1, len(features)
-    weight = log_p.exp() / torch.zeros(n_inputs).index_add(0, x_index, log_p.exp())[x_index]
+    # in the log domain: no probability of a long response is too small to be divided by
+    weight = (log_p - grouped_logsumexp(log_p[:, None], x_index, n_inputs)[x_index, 0]).exp().clamp(min=1e-30)
     mean = torch.zeros(n_inputs, features.shape[1]).index_add(0, x_index, features * weight[:, None])
     centred = features - mean[x_index]
     variance, directions = torch.linalg.eigh(centred.T @ centred / N)  # by rising variance

@@ -99,6 +99,16 @@ def test_the_same_seed_gives_the_same_log_and_weights(reference):
     assert log == reference[0] and same(weights, reference[1])
 
 
+def test_a_base_trained_just_now_is_as_good_as_one_from_disk(workplace, tmp_path):
+    """The factorization's weights do not depend on whether its process has trained the base before."""
+    with open("configs/tiny_base.py") as f:
+        (tmp_path / "new_base.py").write_text(f.read() + "steps = 2\nfinal_eval_size = 8\n")
+    base = f"--base={tmp_path / 'new_base.py'}"
+    first = run("first", base)
+    again = run("first", base)
+    assert first[0] == again[0] and same(first[1], again[1])
+
+
 def test_another_seed_gives_another_log(reference):
     assert run("other", "--seed=1")[0] != reference[0]
 
