@@ -1,3 +1,4 @@
 # python train_base.py configs/base_conversion_base.py
 task = "base_conversion"
-steps = 4000
+steps = 3200
+weight_decay = 0.1
