@@ -106,6 +106,9 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
         first.setdefault((i // cfg.cluster_responses, *row), i)
     index = torch.tensor(list(first.values()))
     distinct = pairs.rows(index)
+    if len(index) < 2 * q.head.out_features:
+        fail(f"config key 'cluster_inputs': {len(index)} different responses are too few for {q.head.out_features} "
+             "clusters")
     features, log_p = q.fit_statistics(distinct), -distinct.b.sum(dim=1)
     width = base.config.n_embd
     # the last two layers, pooled with equal weights: earlier layers and other weights say more about x than about z
@@ -294,14 +297,14 @@ def check(cfg, K):
         fail(f"config key 'prior' takes {K} positive shares, got {cfg.prior}")
     if cfg.posterior not in ("linear", "full"):
         fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
-    for key in ("steps", "batch_size", "pool_size", "chunks", "eval_every", "eval_inputs", "eval_samples", "threads",
-                "save_every"):
+    for key in ("steps", "batch_size", "pool_size", "chunks", "cluster_responses", "cluster_restarts", "eval_every",
+                "look_inputs", "eval_inputs", "eval_samples", "threads", "save_every"):
         if getattr(cfg, key) < 1:
             fail(f"config key '{key}' must be at least 1, got {getattr(cfg, key)}")
     if cfg.pool_size % cfg.batch_size:
         fail(f"config key 'pool_size' ({cfg.pool_size}) must be a multiple of batch_size ({cfg.batch_size})")
-    if cfg.tau <= 0:
-        fail(f"config key 'tau' must be positive, got {cfg.tau}")
+    if not cfg.tau:
+        fail("config key 'tau' must not be 0")
 
 
 if __name__ == "__main__":

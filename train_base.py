@@ -65,7 +65,7 @@ def make_task(name, sizes):
         return task
     except KeyError as e:
         fail(f"config key 'task_sizes': {e} is not in the vocabulary of {name}")
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
         fail(f"config key 'task_sizes': {e}")
 
 
@@ -290,18 +290,19 @@ def write_result(folder, config, metrics):
 @interruptible
 def train(cfg, signals):
     """Trains the base of cfg and leaves its run folder, with ckpt.pt written last."""
-    for key in ("steps", "batch_size", "chunks", "eval_every", "eval_size", "final_eval_size", "threads",
-                "save_every", "crop"):
-        least = 0 if key == "crop" else 1
-        if getattr(cfg, key) < least:
-            fail(f"config key '{key}' must be at least {least}, got {getattr(cfg, key)}")
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "steps", "batch_size", "chunks", "eval_every", "eval_size",
+                "final_eval_size", "threads", "save_every"):
+        if getattr(cfg, key) < 1:
+            fail(f"config key '{key}' must be at least 1, got {getattr(cfg, key)}")
+    if cfg.n_embd % (2 * cfg.n_head):
+        fail(f"config key 'n_embd' ({cfg.n_embd}) must be an even multiple of n_head ({cfg.n_head})")
     set_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     task = make_task(cfg.task, cfg.task_sizes)
     tokenizer = Tokenizer(task.vocab)
     weights = cfg.strategy_weights or [1.0] * len(task.strategies)
-    if len(weights) != len(task.strategies) or min(weights) < 0 or sum(weights) <= 0:
-        fail(f"config key 'strategy_weights' takes {len(task.strategies)} weights, none negative: {task.strategies}")
+    if len(weights) != len(task.strategies) or sum(weights) <= 0:
+        fail(f"config key 'strategy_weights' takes {len(task.strategies)} weights, not all 0: {task.strategies}")
     mixture = {strategy: w / sum(weights) for strategy, w in zip(task.strategies, weights) if w}
     floor = -sum(w * math.log(w) for w in mixture.values())
     n_inputs = cfg.batch_size // len(mixture)

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import runpy
 import sys
@@ -24,12 +25,18 @@ def check_key(key, names):
 
 
 def check_type(key, value, kind):
-    """Returns value as `kind` (a type, or a union such as `list | None`); only an int widens to float."""
+    """Returns value as `kind` (a type, or a union such as `list | None`); only an int widens to float. Numbers, also
+    those in a list, are finite, and only weights of a loss may be negative."""
     kinds = getattr(kind, "__args__", (kind,))
     if float in kinds and type(value) is int:
         value = float(value)
     if type(value) not in kinds:
         fail(f"config key '{key}' takes {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
+    for number in value if type(value) is list else [value]:
+        if type(value) is list and type(number) not in (int, float):
+            fail(f"config key '{key}' is a list of numbers, got {value!r}")
+        if type(number) in (int, float) and not (math.isfinite(number) and (number >= 0 or key.endswith("_weight"))):
+            fail(f"config key '{key}' takes no negative or infinite number, got {value!r}")
     return value
 
 

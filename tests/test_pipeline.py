@@ -1,7 +1,9 @@
 """The real loops, in process, on configs/tiny_*.py; and the same programs as a user starts them."""
+import dataclasses
 import json
 import math
 import os
+import random
 import runpy
 import signal
 import subprocess
@@ -313,7 +315,14 @@ def test_local_coverage_counts_distinct_strategies_among_the_first_k():
     (["train_base.py", "configs/summation_base.py", "--task_sizes={'max_value': 12}"], "not in the vocabulary"),
     (["train_base.py", "configs/tiny_base.py", "--name=short", "--block_size=16"], "block_size"),
     (["train_base.py", "configs/tiny_base.py", "--chunks=0"], "'chunks' must be at least 1"),
-    (["train_base.py", "configs/tiny_base.py", "--crop=-1"], "'crop' must be at least 0"),
+    (["train_base.py", "configs/tiny_base.py", "--crop=-1"], "'crop' takes no negative"),
+    (["train_base.py", "configs/tiny_base.py", "--n_head=3"], "'n_embd' (64) must be an even multiple of n_head (3)"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights=['a', 1, 1]"], "list of numbers"),
+    (["train_base.py", "configs/tiny_base.py", "--lr=1e999"], "'lr' takes no negative or infinite"),
+    (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 0}"], "task_sizes"),
+    (["factorize.py", "configs/tiny_discrete.py", "--name=few", "--cluster_inputs=1", "--cluster_responses=2"],
+     "too few for 3 clusters"),
+    (["factorize.py", "configs/tiny_discrete.py", "--tau=0"], "'tau' must not be 0"),
     (["train_base.py", "configs/tiny_base.py", "--batch_size=2"], "one record of each strategy"),
     (["evaluate.py", "out/nothing"], "does not exist"),
     (["evaluate.py", "out/tiny_base"], "is no factorization checkpoint"),
@@ -327,6 +336,39 @@ def test_a_mistake_of_the_user_is_one_line_and_a_non_zero_exit(reference, monkey
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(os.path.join(ROOT, argv[0]), run_name="__main__")
     assert isinstance(exit.value.code, str) and "\n" not in exit.value.code and words in exit.value.code
+
+
+@pytest.mark.parametrize("script, path", [(train_base, "configs/tiny_base.py"),
+                                          (factorize, "configs/tiny_discrete.py")])
+def test_any_flag_loads_or_is_one_line_that_names_its_key(workplace, script, path):
+    """500 random flags: known and mistyped keys, values of every type, nonsense."""
+    rng = random.Random(0)
+    keys = [field.name for field in dataclasses.fields(script.Config)]
+    values = ["", "0", "-1", "3", "1.5", "1e400", "nan", "None", "True", "[]", "[1, 2]", "[None]", "{'a': 1}", "'", "(",
+              "x" * 99, "\n", "\0", "ä", "__import__('os')"]
+    loaded = 0
+    for _ in range(500):
+        key = rng.choice(keys)
+        if rng.random() < 0.2:
+            key = key.replace(rng.choice(key), rng.choice("xyz_-= "))
+        try:
+            configs.load(script, [path, f"--{key}={rng.choice(values)}"])
+            loaded += 1
+        except SystemExit as exit:
+            assert isinstance(exit.code, str) and "\n" not in exit.code and key.split("=")[0] in exit.code
+    assert 50 < loaded < 450
+
+
+def test_a_pickle_that_runs_code_runs_nothing(workplace, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    os.makedirs(tmp_path / "run")
+    torch.save({"kind": "factorization", "version": 1, "model": Bomb()}, tmp_path / "run" / "ckpt.pt")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        evaluate.evaluate(str(tmp_path / "run"))
+    assert not os.path.exists(tmp_path / "exploded")
 
 
 def test_a_truncated_or_foreign_checkpoint_is_one_line(workplace, tmp_path):
