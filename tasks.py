@@ -425,12 +425,13 @@ def multidigit_addition(min_digits=1, max_digits=2):
     """
     def draw(rng):
         a, b = (rng.randrange(10 ** (n - 1), 10 ** n) for n in (rng.randint(min_digits, max_digits) for _ in range(2)))
-        return [*number(a), "+", *number(b)]
+        return [*number(a), "+", *number(b)] if max(a, b) > 9 else draw(rng)
 
     def check(x):
         numbers = read_numbers(x, ["+"])
-        if not numbers or len(numbers) != 2 or not all(min_digits <= len(str(n)) <= max_digits for n in numbers):
-            return f"expected 'a + b', each of {min_digits} to {max_digits} digits"
+        if (not numbers or len(numbers) != 2 or max(numbers) < 10
+                or not all(min_digits <= len(str(n)) <= max_digits for n in numbers)):
+            return f"expected 'a + b', each of {min_digits} to {max_digits} digits, and one of 2 or more"
 
     def add(a, b):
         return [*number(a), "+", *number(b), "=", *number(a + b)]
