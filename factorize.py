@@ -30,8 +30,8 @@ from configs import fail
 from model import GPT, Pairs, in_threads, log_likelihood, sample_pairs, score_latents, set_threads
 from posterior import Posterior, cluster_responses
 from tasks import Tokenizer
-from train_base import (check_finite, finish, interruptible, load_base, make_optimizers, open_run, restore, save_state,
-                        set_lr, stop, trapezoid)
+from train_base import (check_finite, find_state, finish, interruptible, load_base, make_optimizers, make_task,
+                        open_run, restore, save_state, set_lr, stop, trapezoid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,14 +164,16 @@ def label(model, q, pool, cfg, step, log_prior):
 def factorize(cfg, signals):
     """Runs the recipe of cfg and leaves its run folder; returns the path of the folder."""
     set_threads(cfg.threads)
+    base_cfg = load_base_config(cfg)
+    K = cfg.n_latents or len(make_task(base_cfg.task, base_cfg.task_sizes).strategies)
+    check(cfg, K)  # whatever is wrong is said before a base is trained
+    state = find_state(cfg)
     base, task, base_checkpoint = get_base(cfg)
     torch.manual_seed(cfg.seed)  # after the base, which may or may not have been trained just now
     c_base = base_checkpoint["c_base"]
-    K = cfg.n_latents or len(task.strategies)
-    check(cfg, K)
     tokenizer = Tokenizer(task.vocab, K)
     log_prior = torch.tensor(cfg.prior or K * [1.0]).log().log_softmax(dim=0)
-    folder, log, state = open_run(cfg)
+    folder, log = open_run(cfg, state)
     start, first_step, pool, labels = time.time(), 0, None, None
     if state:
         model = GPT(dataclasses.replace(base.config, vocab_size=len(tokenizer), n_latents=K))
@@ -274,9 +276,13 @@ def factorize(cfg, signals):
     return folder
 
 
+def load_base_config(cfg):
+    return configs.load(train_base, [cfg.base, f"--threads={cfg.threads}", f"--resume={cfg.resume}"])
+
+
 def get_base(cfg):
     """The frozen base model, its task and its checkpoint; trains it if the checkpoint is missing."""
-    base_cfg = configs.load(train_base, [cfg.base, f"--threads={cfg.threads}", f"--resume={cfg.resume}"])
+    base_cfg = load_base_config(cfg)
     path = os.path.join("out", base_cfg.name, "ckpt.pt")
     if not os.path.exists(path):
         print(f"{path} is missing: training the base model first (python train_base.py {cfg.base})", flush=True)

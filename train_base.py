@@ -183,29 +183,34 @@ def interruptible(train):
     return wrapper
 
 
-def open_run(cfg):
-    """Opens the folder out/<name>: returns it, the log file, and the state to go on from (None: begin at step 0).
-    Refuses a folder in which a run has begun, unless told to go on or to start again."""
+def find_state(cfg):
+    """The state from which the run of cfg goes on; None: it begins at step 0. Refuses a folder in which a run has
+    begun, unless told to go on or to start again."""
     folder = os.path.join("out", cfg.name)
-    log_path, state_path = os.path.join(folder, "log.jsonl"), os.path.join(folder, "state.pt")
-    lines, state = [], None
-    if cfg.resume and os.path.exists(state_path):
-        state = load_checkpoint(state_path, "state")
+    path = os.path.join(folder, "state.pt")
+    if cfg.resume and os.path.exists(path):
+        state = load_checkpoint(path, "state")
         for key, value in dataclasses.asdict(cfg).items():
             if key not in ("threads", "save_every", "resume", "overwrite") and value != state["config"].get(key):
                 fail(f"'{folder}' was begun with {key} = {state['config'].get(key)!r}, but goes on with {value!r}")
-        with open(log_path) as f:
-            lines = f.readlines()[:state["log_lines"]]
-    elif cfg.resume and os.path.exists(os.path.join(folder, "ckpt.pt")):
+        return state
+    if cfg.resume and os.path.exists(os.path.join(folder, "ckpt.pt")):
         fail(f"'{folder}' holds a finished run: there is nothing to go on with")
-    elif os.path.exists(log_path) and not cfg.resume and not cfg.overwrite:
+    if os.path.exists(os.path.join(folder, "log.jsonl")) and not cfg.resume and not cfg.overwrite:
         fail(f"'{folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
+
+
+def open_run(cfg, state):
+    """Makes the folder out/<name>, or takes it back to where the state was saved; returns it and the log file."""
+    folder = os.path.join("out", cfg.name)
+    log_path, state_path = os.path.join(folder, "log.jsonl"), os.path.join(folder, "state.pt")
     os.makedirs(folder, exist_ok=True)
     if not state and os.path.exists(state_path):  # of the run that is overwritten
         os.remove(state_path)
-    write_json(os.path.join(folder, "config.json"), dataclasses.asdict(cfg))
+    lines = open(log_path).readlines()[:state["log_lines"]] if state else []
     write(log_path, lambda f: f.write("".join(lines).encode()))
-    return folder, open(log_path, "a"), state
+    write_json(os.path.join(folder, "config.json"), dataclasses.asdict(cfg))
+    return folder, open(log_path, "a")
 
 
 def save_state(folder, log, cfg, step, model, optimizers, **more):
@@ -311,7 +316,8 @@ def train(cfg, signals):
     weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs  # of the records of a batch
     model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
     parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
-    folder, log, state = open_run(cfg)
+    state = find_state(cfg)
+    folder, log = open_run(cfg, state)
     first_step, start, scores = 0, time.time(), None
     if state:
         restore(state, model, optimizers)

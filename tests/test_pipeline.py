@@ -219,9 +219,9 @@ def test_no_test_input_is_seen_before_the_evaluation(workplace, monkeypatch):
         seen.append(task.is_test_input(x := sample_input(task, rng, test)))
         return x
 
-    cfg = configs.load(factorize, [*SHORT, "--name=unseen"])
+    cfg = configs.load(factorize, [*SHORT, "--name=unseen", "--n_latents=3"])
     made = factorize.get_base(cfg)
-    monkeypatch.setattr(factorize, "get_base", lambda cfg: made)  # which tries its sizes out on both sides of the split
+    monkeypatch.setattr(factorize, "get_base", lambda cfg: made)  # making a task tries both sides of the split out
     monkeypatch.setattr(tasks.Task, "sample_input", spy)
     factorize.factorize(cfg)
     assert len(seen) > 100 and not any(seen)
