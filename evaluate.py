@@ -113,10 +113,13 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     marginal_q = logq.logsumexp(dim=0) - math.log(n)
     reconstruction = losses.reconstruction(logp_y, logq).mean().item()
     strategies = [task.attribute(x, y) for x, y in zip(xs, solutions(tokenizer, pairs))]
+    nll, base_nll = -(logp_z + logp_y).logsumexp(dim=1), pairs.b.sum(dim=1)
+    valid = torch.tensor([strategy is not None for strategy in strategies])
     choice = logq.argmax(dim=1).tolist()
     both = list(zip(choice, strategies))
     joint = torch.tensor([[both.count((k, s)) / n for s in task.strategies] for k in range(logq.shape[1])])
-    return {"nll": -(logp_z + logp_y).logsumexp(dim=1).mean().item(), "base_nll": pairs.b.sum(dim=1).mean().item(),
+    return {"nll": nll.mean().item(), "base_nll": base_nll.mean().item(),
+            "nll_gap_of_valid": (nll - base_nll)[valid].sum().item() / max(int(valid.sum()), 1),
             "reconstruction": reconstruction, "normalized_reconstruction": reconstruction / c_base,
             "kl": losses.categorical_kl(logq, logp_z).mean().item(),
             "posterior_alignment": one_to_one_matching(joint)[0],
