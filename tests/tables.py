@@ -54,7 +54,7 @@ def discrete_rows(pattern):
             "base_local_strategy_full_coverage_rate": "of K base samples", "permutation_gap": "permutation gap",
             "controlled_final_answer_accuracy": "answer right, z forced", "sampled_final_answer_accuracy": "router",
             "base_final_answer_accuracy": "base", "base_nll": "base NLL", "nll_gap": "NLL gap",
-            "sampled_strategy_total_variation": "TV"}
+            "nll_gap_of_valid": "of valid y", "sampled_strategy_total_variation": "TV"}
     rows = [[name, str(len(seeds)), *(mean_and_std([m[key] for m in seeds]) for key in keys),
              mean_and_std([m["minutes"] for m in seeds], 1)] for name, seeds in runs.items()]
     return table(["run", "seeds", *keys.values(), "minutes"], rows)

@@ -1,5 +1,6 @@
 """The real loops, in process, on configs/tiny_*.py; and the same programs as a user starts them."""
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -258,9 +259,25 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
         os.rename("out/moved", "out/reference")
 
 
+def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch):
+    import tasks
+    _, base, task, tokenizer, model, q = evaluate.load_run("out/reference")
+    xs = evaluate.different_inputs(task, 8, test=True)
+
+    def gap(answers):
+        found = itertools.cycle(answers)
+        monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: next(found))
+        metrics = evaluate.held_out(model, q, base, task, tokenizer, xs, 8, 1.0, seed=0)
+        return metrics["nll_gap_of_valid"], metrics["nll"] - metrics["base_nll"]
+
+    first, second = "right-first", "down-first"
+    assert gap([first, second])[0] == pytest.approx(gap([first, second])[1], abs=1e-4)
+    assert gap([None, None])[0] == 0
+    assert (gap([first, None])[0] + gap([None, first])[0]) / 2 == pytest.approx(gap([first, first])[1], abs=1e-4)
+
+
 def test_matching_equals_brute_force_over_permutations():
     """max over one-to-one matchings of sum_z C[z, pi(z)], also for more or fewer latents than strategies."""
-    import itertools
     generator = torch.Generator().manual_seed(0)
     for K, S in ((3, 3), (5, 5), (2, 4), (6, 3), (1, 1)):
         for _ in range(20):
