@@ -4,8 +4,8 @@
     python tests/kill.py 20 --write    # the same, and writes assets/results/faults.json, a table of the README
 
 The base and its factorization on configs/tiny_*.py, saved after every step, are killed by SIGKILL, SIGTERM and SIGINT
-in turn and started again with --resume=True. What a kill leaves must load; the last weights and logs must be those of runs
-that nothing has interrupted.
+in turn and started again with --resume=True. What a kill leaves must load; the last weights and logs must be those of
+runs that nothing has interrupted.
 """
 import itertools
 import json
