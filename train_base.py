@@ -207,7 +207,10 @@ def open_run(cfg, state):
     os.makedirs(folder, exist_ok=True)
     if not state and os.path.exists(state_path):  # of the run that is overwritten
         os.remove(state_path)
-    lines = open(log_path).readlines()[:state["log_lines"]] if state else []
+    lines = []
+    if state:
+        with open(log_path) as f:
+            lines = f.readlines()[:state["log_lines"]]
     write(log_path, lambda f: f.write("".join(lines).encode()))
     write_json(os.path.join(folder, "config.json"), dataclasses.asdict(cfg))
     return folder, open(log_path, "a")

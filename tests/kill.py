@@ -19,7 +19,6 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 FLAGS = ["--save_every=1", "--eval_every=20"]
 RUNS = [["train_base.py", "configs/tiny_base.py", "--steps=60", *FLAGS],
         ["factorize.py", "configs/tiny_discrete.py", "--steps=60", "--held_steps=20", "--responsibility_steps=30",
