@@ -164,10 +164,9 @@ def evaluate(folder, seed=0):
 
 
 def new_figure(width, height, columns=1):
-    import matplotlib  # here, because training and tests need no figures
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    from matplotlib.figure import Figure  # here, because training needs no figures
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
 
 
 def draw_matching(C, strategies, path):

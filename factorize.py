@@ -72,7 +72,7 @@ class Config:
     weight_decay: float = 0.0  # decoupled, as in AdamW
     warmup: int = 20  # steps of linear warm-up; after them the rate falls linearly to 0
     # evaluation
-    eval_every: int = 50  # steps between looks at the alignment
+    eval_every: int = 100  # steps between looks at the alignment
     look_inputs: int = 64  # training inputs a look
     eval_inputs: int = 256  # different test inputs, as many as the task has
     eval_samples: int = 8  # router samples an input
@@ -163,10 +163,10 @@ def label(model, q, pool, cfg, step, log_prior):
 @interruptible
 def factorize(cfg, signals):
     """Runs the recipe of cfg and leaves its run folder; returns the path of the folder."""
-    set_threads(cfg.threads)
     base_cfg = load_base_config(cfg)
     K = cfg.n_latents or len(make_task(base_cfg.task, base_cfg.task_sizes).strategies)
     check(cfg, K)  # whatever is wrong is said before a base is trained
+    set_threads(cfg.threads)
     state = find_state(cfg)
     base, task, base_checkpoint = get_base(cfg)
     torch.manual_seed(cfg.seed)  # after the base, which may or may not have been trained just now
@@ -243,8 +243,8 @@ def factorize(cfg, signals):
         J.backward()
         backward()
         check_finite(J, [p for o in optimizers for group in o.param_groups for p in group["params"]], step, terms)
+        in_threads(lambda optimizer: optimizer.step(), optimizers)
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad()
 
         entry = {"step": step + 1, "objective": J.item(), **{name: value.item() for name, (_, value) in terms.items()}}
@@ -299,8 +299,10 @@ def check(cfg, K):
     """Stops with one line, before any training, on values that make no sense together."""
     if K < 2:
         fail(f"config key 'n_latents': a factorization needs at least 2 latents, got {K}")
-    if cfg.prior and (len(cfg.prior) != K or min(cfg.prior) <= 0):
-        fail(f"config key 'prior' takes {K} positive shares, got {cfg.prior}")
+    if K > cfg.pool_size:
+        fail(f"config key 'n_latents': {K} latents cannot share the {cfg.pool_size} pairs of a pool (pool_size)")
+    if cfg.prior is not None and (len(cfg.prior) != K or min(cfg.prior) < 1e-4 * sum(cfg.prior) or not sum(cfg.prior)):
+        fail(f"config key 'prior' takes {K} positive shares, each at least 0.0001 of their sum, got {cfg.prior}")
     if cfg.posterior not in ("linear", "full"):
         fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
     for key in ("steps", "batch_size", "pool_size", "chunks", "cluster_responses", "cluster_restarts", "eval_every",

@@ -70,14 +70,15 @@ def make_task(name, sizes):
 
 
 def make_optimizers(model, cfg):
-    """Muon [Jordan et al. 2024] for the matrices inside the blocks, AdamW for everything else, or AdamW for all."""
+    """Muon [Jordan et al. 2024] for the matrices inside the blocks, AdamW for everything else, or AdamW for all. Each
+    matrix has a Muon of its own, so that they can take their steps side by side."""
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.requires_grad]
     others = [p for name, p in model.named_parameters() if not name.startswith("blocks.") and p.requires_grad]
     if cfg.optimizer == "adamw":
         return [torch.optim.AdamW(matrices + others, cfg.adamw_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
     if cfg.optimizer != "muon":
         fail(f"config key 'optimizer' is 'muon' or 'adamw', got '{cfg.optimizer}'")
-    return [torch.optim.Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay),
+    return [*(torch.optim.Muon([matrix], cfg.lr, weight_decay=cfg.weight_decay) for matrix in matrices),
             torch.optim.AdamW(others, cfg.adamw_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
 
 
@@ -102,6 +103,12 @@ def record_batch(task, tokenizer, strategies, rng, n_inputs, test):
             records.append(tokenizer.record(x, task.trace(x, strategy)))
             starts.append(len(x) + 4)  # <bos> <x> x </x> <y>
     return records, starts
+
+
+def check_lengths(records, block_size):
+    longest = max(map(len, records))
+    if longest > block_size:
+        fail(f"config key 'block_size': a record of {longest} tokens exceeds {block_size}")
 
 
 @torch.no_grad()
@@ -319,6 +326,7 @@ def train(cfg, signals):
     weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs  # of the records of a batch
     model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
     parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
+    check_lengths(record_batch(task, tokenizer, mixture, random.Random(0), 500, test=False)[0], cfg.block_size)
     state = find_state(cfg)
     folder, log = open_run(cfg, state)
     first_step, start, scores = 0, time.time(), None
@@ -331,8 +339,7 @@ def train(cfg, signals):
         # data are a function of (seed, step) alone
         records, starts = record_batch(task, tokenizer, mixture, random.Random(f"base {cfg.seed} {step}"), n_inputs,
                                        test=False)
-        if max(map(len, records)) > cfg.block_size:
-            fail(f"config key 'block_size': a record of {max(map(len, records))} tokens exceeds {cfg.block_size}")
+        check_lengths(records, cfg.block_size)
         if cfg.crop:  # strategies part in the first steps of a trace, and the later ones are soon learned
             records = [r[:s + cfg.crop] if i // len(mixture) % 4 else r
                        for i, (r, s) in enumerate(zip(records, starts))]
@@ -348,8 +355,7 @@ def train(cfg, signals):
         for parameter, *pieces in zip(parameters, *gradients):
             parameter.grad = sum(pieces)
         check_finite(torch.tensor(loss), parameters, step, {"cross-entropy": (1.0, torch.tensor(loss))})
-        for optimizer in optimizers:
-            optimizer.step()
+        in_threads(lambda optimizer: optimizer.step(), optimizers)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             size = cfg.final_eval_size if step + 1 == cfg.steps else cfg.eval_size
             scores = {"floor": floor, **validate(model, task, tokenizer, mixture, size, cfg.seed),

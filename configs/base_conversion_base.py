@@ -1,4 +1,4 @@
 # python train_base.py configs/base_conversion_base.py
 task = "base_conversion"
-steps = 3200
-weight_decay = 0.1
+steps = 3600
+weight_decay = 0.2

@@ -1,4 +1,4 @@
 # python train_base.py configs/sorting_base.py
 task = "sorting_algorithms"
-steps = 4400
+steps = 5600
 crop = 24

@@ -1,0 +1,87 @@
+"""Runs training, factorization and evaluation with random values: each run ends well or in one line; CI runs it.
+
+    python tests/fuzz.py 40        # that many runs; a non-zero exit and the flags if one of them fails in another way
+
+Up to three keys of a short run take a value that their type allows, sensible or not. Then evaluate.py is asked about
+ten inputs a run, made of random characters.
+"""
+import contextlib
+import dataclasses
+import io
+import os
+import random
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import configs
+import evaluate
+import factorize
+import train_base
+
+SHORT = {
+    train_base: ["configs/tiny_base.py", "--steps=3", "--eval_every=2", "--eval_size=4", "--final_eval_size=4"],
+    factorize: ["configs/tiny_discrete.py", "--steps=4", "--held_steps=1", "--responsibility_steps=2", "--eval_every=2",
+                "--cluster_inputs=12", "--cluster_restarts=2", "--slot_steps=2", "--pool_size=32", "--eval_inputs=3",
+                "--look_inputs=2"]}
+VALUES = {"int": ["-1", "0", "1", "2", "3", "5", "64", "100000000"], "bool": ["True", "False"],
+          "float": ["-1", "0", "1e-30", "0.3", "1", "7", "1e30", "1e-400"],
+          "str": ["muon", "adamw", "linear", "full", "grid_pathfinding", "configs/tiny_base.py", "a/b", "..", "x" * 300],
+          "list | None": ["None", "[]", "[1.0, 2.0, 3.0]", "[0.5, 0.5, 0]", "[1e-300, 1, 1]", "[1.0, 1.0]"],
+          "dict": ["{}", "{'side': 4}", "{'side': 0}", "{'max_distance': 99}", "{'side': 'a'}", "{1: 2}"]}
+MAY_BE_HUGE = {"seed", "eval_every", "save_every", "held_steps", "responsibility_steps", "warmup", "crop", "chunks",
+               "n_latents", "n_head"}  # of the others a huge value is valid, and takes hours or all memory
+
+
+def random_flag(rng, script):
+    field = rng.choice(dataclasses.fields(script.Config))
+    kind = getattr(field.type, "__name__", None) if isinstance(field.type, type) else str(field.type)
+    values = [v for v in VALUES[kind] if v != "100000000" or field.name in MAY_BE_HUGE]
+    return f"--{field.name}={rng.choice(values)}"
+
+
+def run(script, flags):
+    """None, or the line with which the run ended."""
+    try:
+        cfg = configs.load(script, flags)
+        if script is train_base:
+            train_base.train(cfg)
+        else:
+            evaluate.evaluate(factorize.factorize(cfg))
+    except SystemExit as exit:
+        assert isinstance(exit.code, str) and "\n" not in exit.code, exit.code
+        return exit.code
+
+
+def main(n):
+    rng, told = random.Random(0), 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        os.symlink(os.path.join(ROOT, "configs"), "configs")
+        train_base.train(configs.load(train_base, ["configs/tiny_base.py"]))
+        for i in range(n):
+            script = rng.choice([train_base, factorize])
+            flags = [f"--name=run{i}", *(random_flag(rng, script) for _ in range(rng.randint(1, 3)))]
+            output = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(output):
+                    line = run(script, SHORT[script] + flags)
+            except BaseException:
+                print(output.getvalue(), script.__name__, *flags, flush=True)
+                raise
+            print(script.__name__, *flags, "->", line or "done", flush=True)
+            told += line is not None
+        run(factorize, SHORT[factorize] + ["--name=asked"])
+        letters = "0123456789 to+-=xbase/\t\n\0ä;<>'\"\\"
+        for _ in range(10 * n):
+            text = "".join(rng.choice(letters) for _ in range(rng.randint(0, 20)))
+            try:
+                evaluate.typed_input("out/asked", text)
+            except SystemExit as exit:
+                assert isinstance(exit.code, str), exit.code
+    print(f"{n - told} runs ended well, {told} in one line")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
