@@ -242,7 +242,8 @@ def factorize(cfg, signals):
         J = sum(weight * value for weight, value in terms.values() if weight)
         J.backward()
         backward()
-        check_finite(J, [p for o in optimizers for group in o.param_groups for p in group["params"]], step, terms)
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        check_finite(J, parameters, step, terms, folder)
         in_threads(lambda optimizer: optimizer.step(), optimizers)
         for optimizer in optimizers:
             optimizer.zero_grad()

@@ -284,11 +284,13 @@ def build_base(checkpoint):
     return model, task
 
 
-def check_finite(loss, parameters, step, terms):
+def check_finite(loss, parameters, step, terms, folder):
     """Stops the run in one line when the loss or a gradient is not finite; what was saved before stays."""
     if not math.isfinite(loss.item()) or not all(p.grad is None or p.grad.isfinite().all() for p in parameters):
         bad = [name for name, (_, value) in terms.items() if not math.isfinite(value.item())]
-        fail(f"step {step + 1}: {'term ' + bad[0] if bad else 'a gradient'} is not finite; nothing was saved")
+        state = os.path.join(folder, "state.pt")
+        kept = f"'{state}' holds the last steps saved" if os.path.exists(state) else "nothing was saved"
+        fail(f"step {step + 1}: {'term ' + bad[0] if bad else 'a gradient'} is not finite; {kept}")
 
 
 def write_result(folder, config, metrics):
@@ -354,7 +356,7 @@ def train(cfg, signals):
         loss = sum(nlls)  # nats a sequence, to compare with the floor
         for parameter, *pieces in zip(parameters, *gradients):
             parameter.grad = sum(pieces)
-        check_finite(torch.tensor(loss), parameters, step, {"cross-entropy": (1.0, torch.tensor(loss))})
+        check_finite(torch.tensor(loss), parameters, step, {"cross-entropy": (1.0, torch.tensor(loss))}, folder)
         in_threads(lambda optimizer: optimizer.step(), optimizers)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             size = cfg.final_eval_size if step + 1 == cfg.steps else cfg.eval_size

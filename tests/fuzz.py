@@ -1,6 +1,7 @@
 """Runs training, factorization and evaluation with random values: each run ends well or in one line; CI runs it.
 
-    python tests/fuzz.py 40        # that many runs; a non-zero exit and the flags if one of them fails in another way
+    python tests/fuzz.py 40            # that many runs; a non-zero exit and the flags if one fails in another way
+    python tests/fuzz.py 40 --write    # the same, and adds them to assets/results/faults.json, a table of the README
 
 Up to three keys of a short run take a value that their type allows, sensible or not. Then evaluate.py is asked about
 ten inputs a run, made of random characters.
@@ -19,6 +20,7 @@ import configs
 import evaluate
 import factorize
 import train_base
+from kill import note
 
 SHORT = {
     train_base: ["configs/tiny_base.py", "--steps=3", "--eval_every=2", "--eval_size=4", "--final_eval_size=4"],
@@ -54,7 +56,7 @@ def run(script, flags):
         return exit.code
 
 
-def main(n):
+def main(n, write):
     rng, told = random.Random(0), 0
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -80,8 +82,11 @@ def main(n):
                 evaluate.typed_input("out/asked", text)
             except SystemExit as exit:
                 assert isinstance(exit.code, str), exit.code
+        os.chdir(ROOT)
+    if write:
+        note({"random values in a config": n, "random text as an input": 10 * n})
     print(f"{n - told} runs ended well, {told} in one line")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), "--write" in sys.argv)

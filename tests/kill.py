@@ -1,16 +1,17 @@
 """Kills real runs at random moments and lets them go on: nothing may be lost.
 
-    python tests/kill.py 20            # that many kills; a non-zero exit if anything was lost; CI runs it
-    python tests/kill.py 20 --write    # the same, and writes assets/results/faults.json, a table of the README
+    python tests/kill.py 24            # that many faults; a non-zero exit if anything was lost; CI runs it
+    python tests/kill.py 24 --write    # the same, and writes assets/results/faults.json, a table of the README
 
 The base and its factorization on configs/tiny_*.py, saved after every step, are killed by SIGKILL, SIGTERM and SIGINT
-in turn and started again with --resume=True. What a kill leaves must load; the last weights and logs must be those of
-runs that nothing has interrupted.
+or run out of disk, in turn, and are started again with --resume=True. What a fault leaves must load; the last weights
+and logs must be those of runs that nothing has interrupted.
 """
 import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,12 +24,17 @@ FLAGS = ["--save_every=1", "--eval_every=20"]
 RUNS = [["train_base.py", "configs/tiny_base.py", "--steps=60", *FLAGS],
         ["factorize.py", "configs/tiny_discrete.py", "--steps=60", "--held_steps=20", "--responsibility_steps=30",
          "--eval_inputs=8", "--cluster_inputs=32", "--cluster_restarts=8", *FLAGS]]
-SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+FAULTS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "full disk": None}
 
 
-def start(script, *flags):
+def small_disk():
+    """No file of this process grows beyond 100 kB, less than a saved state takes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def start(script, *flags, full_disk=False):
     return subprocess.Popen([sys.executable, os.path.join(ROOT, script), *flags], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True)
+                            stderr=subprocess.PIPE, text=True, preexec_fn=small_disk if full_disk else None)
 
 
 def result(name):
@@ -39,9 +45,18 @@ def result(name):
     return torch.load(f"out/{name}/ckpt.pt", weights_only=True)["model"], log
 
 
+def note(tried):
+    """Adds to assets/results/faults.json how many times each fault was tried."""
+    path = os.path.join(ROOT, "assets", "results", "faults.json")
+    with open(path) as f:
+        tried = json.load(f) | tried
+    with open(path, "w") as f:
+        json.dump(tried, f, indent=1)
+
+
 def main(kills, write):
     import torch
-    rng, tried = random.Random(0), {s.name: 0 for s in SIGNALS}
+    rng, tried = random.Random(0), dict.fromkeys(FAULTS, 0)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         os.symlink(os.path.join(ROOT, "configs"), "configs")
@@ -56,30 +71,34 @@ def main(kills, write):
             seconds, weights, log = whole[script]
             before, code = sum(tried.values()), None
             while code is None:  # until the run is complete
-                process = start(script, *flags, "--name=killed", "--resume=True")
-                try:
-                    code = process.wait(rng.uniform(0.1, 0.9) * seconds if sum(tried.values()) < kills else None)
-                except subprocess.TimeoutExpired:
-                    number = SIGNALS[sum(tried.values()) % 3]
-                    process.send_signal(number)
-                    tried[number.name] += 1
-                    process.wait()
-                    left = os.listdir("out/killed") if os.path.exists("out/killed") else []
-                    for file in {"state.pt", "ckpt.pt"} & set(left):
-                        torch.load(f"out/killed/{file}", weights_only=True)
-                    if "ckpt.pt" in left:  # killed while it was evaluated
-                        code = 0
+                fault = list(FAULTS)[sum(tried.values()) % len(FAULTS)] if sum(tried.values()) < kills else None
+                process = start(script, *flags, "--name=killed", "--resume=True", full_disk=fault == "full disk")
+                if fault == "full disk":
+                    line = process.communicate()[1]
+                    assert process.returncode == 1 and line.count("\n") == 1 and "cannot write" in line, line
+                else:
+                    try:
+                        code = process.wait(rng.uniform(0.1, 0.9) * seconds if fault else None)
+                        continue
+                    except subprocess.TimeoutExpired:
+                        process.send_signal(FAULTS[fault])
+                        process.wait()
+                tried[fault] += 1
+                left = os.listdir("out/killed") if os.path.exists("out/killed") else []
+                for file in {"state.pt", "ckpt.pt"} & set(left):
+                    torch.load(f"out/killed/{file}", weights_only=True)
+                if "ckpt.pt" in left:  # killed while it was evaluated
+                    code = 0
             got_weights, got_log = result("killed")
             same = got_log == log and all(torch.equal(value, weights[key]) for key, value in got_weights.items())
-            print(f"{script}: {sum(tried.values()) - before} kills, exit code {code}, "
+            print(f"{script}: {sum(tried.values()) - before} faults, exit code {code}, "
                   f"{'the same' if same else 'ANOTHER'} result", flush=True)
             if code or not same:
                 return process.stderr.read() or 1
             shutil.rmtree("out/killed")
         os.chdir(ROOT)
     if write:
-        with open("assets/results/faults.json", "w") as f:
-            json.dump(tried, f, indent=1)
+        note(tried)
     print("nothing was lost:", tried)
 
 

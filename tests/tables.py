@@ -1,4 +1,4 @@
-"""Fills the README's tables from the result files in assets/results.
+"""Fills the README's tables from the result files in assets/results, and draws its figure of them.
 
     python tests/tables.py           # rewrites README.md between its <!-- table: ... --> marks
 """
@@ -7,8 +7,10 @@ import json
 import os
 import re
 import statistics
+import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 TASKS = ("summation", "sorting", "grid", "equation", "base_conversion", "addition")
 
 
@@ -45,19 +47,49 @@ def mean_and_std(values, digits=3):
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def discrete_rows(pattern):
-    runs = {}
+COLUMNS = {"alignment_one_to_one": "alignment", "local_strategy_coverage_mean": "coverage",
+           "local_strategy_full_coverage_rate": "full coverage",
+           "base_local_strategy_full_coverage_rate": "of K base samples", "permutation_gap": "permutation gap",
+           "latent_purity": "purity", "controlled_final_answer_accuracy": "answer right, z forced",
+           "sampled_final_answer_accuracy": "router", "base_final_answer_accuracy": "base", "base_nll": "base NLL",
+           "nll_gap": "NLL gap", "nll_gap_of_valid": "of valid y", "sampled_strategy_total_variation": "TV"}
+NOT_IN_RESULTS = {"local_strategy_coverage_mean", "latent_purity"}  # where alignment is near 1 they are, too
+NOT_IN_ABLATIONS = {"controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
+                    "base_nll", "nll_gap_of_valid"}
+
+
+def discrete_rows(pattern, without):
+    runs, keys = {}, {key: title for key, title in COLUMNS.items() if key not in without}
     for name, result in results(pattern).items():
         m = result["metrics"]
         runs.setdefault(name.split("_seed")[0], []).append(m | {"nll_gap": m["nll"] - m["base_nll"]})
-    keys = {"alignment_one_to_one": "alignment", "local_strategy_full_coverage_rate": "full coverage",
-            "base_local_strategy_full_coverage_rate": "of K base samples", "permutation_gap": "permutation gap",
-            "controlled_final_answer_accuracy": "answer right, z forced", "sampled_final_answer_accuracy": "router",
-            "base_final_answer_accuracy": "base", "base_nll": "base NLL", "nll_gap": "NLL gap",
-            "nll_gap_of_valid": "of valid y", "sampled_strategy_total_variation": "TV"}
     rows = [[name, str(len(seeds)), *(mean_and_std([m[key] for m in seeds]) for key in keys),
              mean_and_std([m["minutes"] for m in seeds], 1)] for name, seeds in runs.items()]
     return table(["run", "seeds", *keys.values(), "minutes"], rows)
+
+
+def clusters_table():
+    rows = [[name.replace("_seed", ", seed "), *(f"{value:.3f}" for value in result["metrics"].values())]
+            for name, result in results("clusters/*.json").items()]
+    return table(["task", "k-means", "k-means, centred within x", "the recipe's posterior"], rows)
+
+
+def draw_alignment_against_coverage(path):
+    """Every run, a point: on the diagonal, a latent means the same for every x; below it, latents swap meanings."""
+    import evaluate
+    figure, axis = evaluate.new_figure(6, 4.6)
+    axis.plot([0, 1], [0, 1], color="lightgray", zorder=0)
+    for label, pattern, color in (("default recipe, K = S", "*_discrete_seed*.json", "tab:blue"),
+                                  ("ablations, other K, skewed mixture", "ablations/*.json", "tab:orange")):
+        runs = [result["metrics"] for result in results(pattern).values()]
+        axis.scatter([m["local_strategy_coverage_mean"] for m in runs], [m["alignment_one_to_one"] for m in runs],
+                     s=24, alpha=0.7, color=color, label=f"{label} ({len(runs)} runs)")
+    axis.set_xlim(0.3, 1.02)
+    axis.set_ylim(0.3, 1.02)
+    axis.set_xlabel("local coverage: strategies shown on an x, over min(K, S)")
+    axis.set_ylabel("alignment: the same one for every x")
+    axis.legend(fontsize=8, loc="upper left")
+    figure.savefig(path, dpi=120)
 
 
 def faults_table():
@@ -66,8 +98,9 @@ def faults_table():
     return table(["fault", "times", "lost"], [[name, str(times), "nothing"] for name, times in tried.items()])
 
 
-TABLES = {"faults": faults_table, "base": base_table, "discrete": lambda: discrete_rows("*_discrete_seed*.json"),
-          "ablations": lambda: discrete_rows("ablations/*.json")}
+TABLES = {"faults": faults_table, "base": base_table, "clusters": clusters_table,
+          "discrete": lambda: discrete_rows("*_discrete_seed*.json", NOT_IN_RESULTS),
+          "ablations": lambda: discrete_rows("ablations/*.json", NOT_IN_ABLATIONS)}
 
 
 def filled(readme):
@@ -82,4 +115,5 @@ if __name__ == "__main__":
         text = filled(f.read())
     with open(path, "w") as f:
         f.write(text)
+    draw_alignment_against_coverage(os.path.join(ROOT, "assets", "alignment_against_coverage.png"))
     print(text.count("<!-- table:"), "tables written")

@@ -421,8 +421,10 @@ def test_a_non_finite_loss_names_its_term_and_saves_nothing(workplace, monkeypat
     folder = factorize.factorize(configs.load(factorize, [*SHORT, "--name=survivor"]))
     before = open(os.path.join(folder, "ckpt.pt"), "rb").read()
     monkeypatch.setattr(losses, "categorical_kl", lambda logq, logp: logq.sum(dim=1) * math.nan)
-    with pytest.raises(SystemExit, match="step 4: term kl is not finite"):
+    with pytest.raises(SystemExit, match="step 4: term kl is not finite; nothing was saved"):
         run("survivor")
+    with pytest.raises(SystemExit, match="step 4: term kl is not finite; 'out/survivor/state.pt' holds the last steps"):
+        run("survivor", "--save_every=2")
     assert open(os.path.join(folder, "ckpt.pt"), "rb").read() == before
 
 
@@ -442,8 +444,8 @@ def interrupted(monkeypatch, script, train, cfg, number=signal.SIGTERM):
     """Trains until a signal arrives in the middle of step 3; returns the exit code."""
     check = script.check_finite
 
-    def third(loss, parameters, step, terms):
-        check(loss, parameters, step, terms)
+    def third(loss, parameters, step, *more):
+        check(loss, parameters, step, *more)
         if step == 2:
             os.kill(os.getpid(), number)
 
@@ -482,7 +484,7 @@ def test_a_factorization_that_is_interrupted_and_resumed_is_the_same_one(workpla
 
 def test_a_saved_state_survives_a_kill_and_lines_after_it_are_dropped(reference, monkeypatch):
     """A run that dies in step 4, saved after step 2: its third log line goes, and step 3 is done again."""
-    def die(loss, parameters, step, terms):
+    def die(loss, parameters, step, *more):
         if step == 3:
             raise RuntimeError("killed")
 

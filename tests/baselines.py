@@ -1,0 +1,90 @@
+"""Baselines for the README's table: what labels would give, and what plain clustering finds. No part of the recipe.
+
+    python tests/baselines.py supervised configs/grid_discrete.py --name=grid_supervised --seed=0
+    python tests/baselines.py clusters configs/grid_discrete.py --seed=0 > assets/results/clusters/grid_seed0.json
+
+`supervised` is factorize.py with the true strategies as labels, in place of clusters, held labels and responsibilities:
+what the generator reaches in as many steps when somebody tells it. `clusters` needs no generator: it shares out the
+recipe's own responses of the base, once by k-means on mean hidden states, raw or minus their mean over the responses to
+the same x, and once as the recipe does, and prints how much of the responses' probability is in the right cluster.
+"""
+import dataclasses
+import json
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import configs
+import evaluate
+import factorize
+from model import in_pieces, set_threads
+from posterior import Posterior, cluster_responses, one_to_one_matching
+from tasks import Tokenizer
+
+
+def strategies_of(task, tokenizer, pairs):
+    """(N,) index of the strategy of every pair, the nearest one where y follows none."""
+    xs = [tokenizer.decode(row[2:start - 2]) for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
+    return torch.tensor([task.strategies.index(task.nearest_strategy(x, y))
+                         for x, y in zip(xs, evaluate.solutions(tokenizer, pairs))])
+
+
+def supervised(cfg):
+    _, task, _ = factorize.get_base(cfg)
+    tokenizer = Tokenizer(task.vocab)
+
+    def label(model, q, pool, cfg, step, log_prior):
+        labels = F.one_hot(strategies_of(task, tokenizer, pool), len(task.strategies))
+        return q(pool), labels.float().log().clamp(min=-1e4)
+
+    factorize.label = label
+    steps = cfg.held_steps + cfg.responsibility_steps
+    cfg = dataclasses.replace(cfg, cluster_inputs=0, held_steps=0, responsibility_steps=steps)
+    evaluate.evaluate(factorize.factorize(cfg))
+
+
+def kmeans(u, K, generator, restarts=20, iterations=100):
+    """Plain k-means of u (N, d), the best of some random starts: (N,) clusters."""
+    def once():
+        centroids = u[torch.randperm(len(u), generator=generator)[:K]]
+        for _ in range(iterations):
+            t = F.one_hot(torch.cdist(u, centroids).argmin(dim=1), K).float()
+            centroids = (t.T @ u) / t.sum(dim=0)[:, None].clamp(min=1)
+        distance, cluster = torch.cdist(u, centroids).min(dim=1)
+        return distance.square().sum().item(), cluster
+    return min((once() for _ in range(restarts)), key=lambda scatter_and_cluster: scatter_and_cluster[0])[1]
+
+
+def clusters(cfg):
+    set_threads(cfg.threads)
+    base, task, _ = factorize.get_base(cfg)
+    tokenizer, K = Tokenizer(task.vocab), len(task.strategies)
+    n, generator = cfg.cluster_responses, torch.Generator().manual_seed(cfg.seed)
+    pairs = factorize.draw_pairs(base, task, tokenizer, cfg.cluster_inputs, n, f"clusters {cfg.seed}")
+    truth = strategies_of(task, tokenizer, pairs)
+    q = Posterior(base, K)
+
+    def pooled(piece):
+        h, _, mask = q.states(piece)
+        return (mask[:, None] / mask.sum(dim=1)[:, None, None] @ h)[:, 0]
+
+    def right(found):
+        C = F.one_hot(found, K).float().T @ F.one_hot(truth, K).float() / len(truth)
+        return one_to_one_matching(C)[0]
+
+    features = in_pieces(pooled, pairs)
+    centred = features - features.view(-1, n, features.shape[1]).mean(dim=1).repeat_interleave(n, dim=0)
+    shares = {f"kmeans_{name}": right(kmeans(u / u.std(dim=0).clamp(min=1e-6), K, generator))
+              for name, u in (("raw", features - features.mean(dim=0)), ("centred", centred))}
+    torch.manual_seed(cfg.seed)
+    factorize.start_posterior(q, base, task, tokenizer, cfg, torch.zeros(K).log_softmax(dim=0))
+    shares["linear_posterior"] = right(q(pairs).argmax(dim=1).detach())
+    print(json.dumps({"config": dataclasses.asdict(cfg), "seed": cfg.seed, "metrics": shares}, indent=1))
+
+
+if __name__ == "__main__":
+    what, *flags = sys.argv[1:]
+    {"supervised": supervised, "clusters": clusters}[what](configs.load(factorize, flags))
