@@ -263,8 +263,11 @@ def load_checkpoint(path, kind):
         checkpoint = torch.load(path, weights_only=True)
     except Exception as e:  # truncated, not a checkpoint, or holding something other than tensors and plain types
         fail(f"checkpoint '{path}' cannot be read ({type(e).__name__}): truncated, or no checkpoint")
-    if not isinstance(checkpoint, dict) or checkpoint.get("version") != 1 or checkpoint.get("kind") != kind:
-        fail(f"'{path}' is no {kind} checkpoint of this version")
+    got = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if got != kind:
+        fail(f"'{path}' is no {kind} checkpoint" + f", but a {got} checkpoint" * bool(got))
+    if checkpoint["version"] != 1:
+        fail(f"'{path}' has format version {checkpoint['version']}, this code reads version 1")
     return checkpoint
 
 

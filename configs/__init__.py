@@ -81,4 +81,7 @@ def load(script, argv):
     for key, value in assigned.items():
         check_key(key, list(kinds))
         values[key] = check_type(key, value, kinds[key])
+    for field in dataclasses.fields(script.Config):
+        if field.name not in values and field.default is field.default_factory:  # both MISSING: it has no default
+            fail(f"config file '{path}' says nothing about '{field.name}'")
     return script.Config(**values)

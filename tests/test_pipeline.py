@@ -344,6 +344,11 @@ def test_local_coverage_counts_distinct_strategies_among_the_first_k():
      "too few for 3 clusters"),
     (["factorize.py", "configs/tiny_discrete.py", "--tau=0"], "'tau' must not be 0"),
     (["train_base.py", "configs/tiny_base.py", "--batch_size=2"], "one record of each strategy"),
+    (["train_base.py", "configs/tiny_base.py", "--final_eval_size=0"], "'final_eval_size' must be at least 1"),
+    (["train_base.py", "configs/tiny_base.py", "--optimizer=sgd"], "'muon' or 'adamw', got 'sgd'"),
+    (["train_base.py", "--steps=3"], "the first argument is a config file"),
+    (["factorize.py", "configs/tiny_discrete.py", "--eval_inputs=0"], "'eval_inputs' must be at least 1"),
+    (["factorize.py", "configs/tiny_discrete.py", "--pool_size=100"], "(100) must be a multiple of batch_size"),
     (["evaluate.py", "out/nothing"], "does not exist"),
     (["evaluate.py", "out/tiny_base"], "is no factorization checkpoint"),
     (["evaluate.py", "out/reference", "--shw=2"], "unknown or incomplete flag"),
@@ -358,25 +363,46 @@ def test_a_mistake_of_the_user_is_one_line_and_a_non_zero_exit(reference, monkey
     assert isinstance(exit.value.code, str) and "\n" not in exit.value.code and words in exit.value.code
 
 
+VALUES = ["", "0", "-1", "3", "1.5", "1e400", "nan", "None", "True", "[]", "[1, 2]", "[None]", "{'a': 1}", "'", "(",
+          "x" * 99, "\n", "\0", "ä", "__import__('os')"]
+
+
 @pytest.mark.parametrize("script, path", [(train_base, "configs/tiny_base.py"),
                                           (factorize, "configs/tiny_discrete.py")])
 def test_any_flag_loads_or_is_one_line_that_names_its_key(workplace, script, path):
     """500 random flags: known and mistyped keys, values of every type, nonsense."""
     rng = random.Random(0)
     keys = [field.name for field in dataclasses.fields(script.Config)]
-    values = ["", "0", "-1", "3", "1.5", "1e400", "nan", "None", "True", "[]", "[1, 2]", "[None]", "{'a': 1}", "'", "(",
-              "x" * 99, "\n", "\0", "ä", "__import__('os')"]
     loaded = 0
     for _ in range(500):
         key = rng.choice(keys)
         if rng.random() < 0.2:
             key = key.replace(rng.choice(key), rng.choice("xyz_-= "))
         try:
-            configs.load(script, [path, f"--{key}={rng.choice(values)}"])
+            configs.load(script, [path, f"--{key}={rng.choice(VALUES)}"])
             loaded += 1
         except SystemExit as exit:
             assert isinstance(exit.code, str) and "\n" not in exit.code and key.split("=")[0] in exit.code
     assert 50 < loaded < 450
+
+
+@pytest.mark.parametrize("script", [train_base, factorize])
+def test_any_config_file_loads_or_is_one_line_that_names_a_key_or_the_file(script, tmp_path):
+    """500 random files of up to three assignments, some of them no Python at all."""
+    rng, loaded = random.Random(0), 0
+    keys = [field.name for field in dataclasses.fields(script.Config)]
+    for i in range(500):
+        chosen = rng.choices(keys + ["stepz", "_private"], k=rng.randint(0, 3))
+        path = tmp_path / f"random{i}.py"
+        first = rng.choice(["", "task = 'a'", "base = 'a'"])  # the keys without a default
+        path.write_text("\n".join([first, *(f"{key} = {rng.choice(VALUES)}" for key in chosen)]), encoding="utf-8")
+        try:
+            configs.load(script, [str(path)])
+            loaded += 1
+        except SystemExit as exit:
+            assert isinstance(exit.code, str) and "\n" not in exit.code
+            assert f"random{i}.py" in exit.code or any(f"'{key}'" in exit.code for key in [*chosen, "task", "base"])
+    assert 30 < loaded < 450
 
 
 def test_a_pickle_that_runs_code_runs_nothing(workplace, tmp_path):
@@ -391,13 +417,33 @@ def test_a_pickle_that_runs_code_runs_nothing(workplace, tmp_path):
     assert not os.path.exists(tmp_path / "exploded")
 
 
-def test_a_truncated_or_foreign_checkpoint_is_one_line(workplace, tmp_path):
-    os.makedirs(tmp_path / "run")
+def test_a_truncated_checkpoint_is_one_line(workplace, tmp_path):
     content = open("out/tiny_base/ckpt.pt", "rb").read()
     for bad in (content[:len(content) // 2], b"", b"not a checkpoint"):
-        (tmp_path / "run" / "ckpt.pt").write_bytes(bad)
-        code, _, errors = program("evaluate.py", str(tmp_path / "run"), cwd=workplace)
-        assert code == 1 and len(errors) == 1 and "cannot be read" in errors[0], errors
+        (tmp_path / "ckpt.pt").write_bytes(bad)
+        with pytest.raises(SystemExit, match="cannot be read"):
+            evaluate.evaluate(str(tmp_path))
+    code, _, errors = program("evaluate.py", str(tmp_path), cwd=workplace)
+    assert code == 1 and len(errors) == 1 and "cannot be read" in errors[0], errors
+
+
+def test_a_foreign_base_checkpoint_is_one_line(reference):
+    os.makedirs("out/foreign", exist_ok=True)
+    base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)
+    summation = {"task": "list_summation", "task_sizes": {}}
+    for foreign, words in (
+            (torch.load("out/reference/ckpt.pt", weights_only=True), "no base checkpoint, but a factorization checkpoint"),
+            ([1, 2], "is no base checkpoint"),
+            (base | {"version": 2}, "format version 2, this code reads version 1"),
+            (base | {"vocab": base["vocab"][::-1]}, "another vocabulary than that of grid_pathfinding"),
+            (base | {"config": base["config"] | {"n_layer": 7}}, "was trained with n_layer = 7, but foreign.py says 2"),
+            (base | {"config": base["config"] | summation, "vocab": list(train_base.make_task("list_summation", {}).vocab)},
+             "was trained with task = 'list_summation', but foreign.py says 'grid_pathfinding'")):
+        torch.save(foreign, "out/foreign/ckpt.pt")
+        with open("configs/tiny_base.py") as f, open("foreign.py", "w") as own:
+            own.write(f.read())
+        with pytest.raises(SystemExit, match=words):
+            run("of_foreign", "--base=foreign.py")
 
 
 def test_a_config_file_error_names_the_file(workplace, tmp_path):
