@@ -15,9 +15,10 @@ import sys
 import torch
 import torch.nn.functional as F
 
+import figures
 import losses
 from configs import fail
-from model import GPT, GPTConfig, log_likelihood, pad, sample_pairs, set_threads
+from model import GPT, GPTConfig, gaussian, log_likelihood, pad, sample_pairs, set_threads
 from posterior import Posterior, one_to_one_matching
 from tasks import PAD, Tokenizer, Y_END
 from train_base import build_base, load_checkpoint, sample_ys, score_answers, write_result
@@ -29,7 +30,8 @@ def load_run(folder):
     base, task = build_base(checkpoint["base"])
     model = GPT(GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
-    q = Posterior(base, model.config.n_latents)
+    K = len(checkpoint["posterior"].get("corners", ())) or model.config.n_latents
+    q = Posterior(base, K, z_dim=model.config.z_dim)
     q.load_state_dict(checkpoint["posterior"])
     return checkpoint, base, task, Tokenizer(task.vocab, model.config.n_latents), model, q
 
@@ -43,6 +45,11 @@ def different_inputs(task, n, test):
         if len(found) == n:
             break
     return list(found.values())
+
+
+def indices(task, found):
+    """Strategies -> their indices (n,), -1 for None."""
+    return torch.tensor([-1 if s is None else task.strategies.index(s) for s in found])
 
 
 def local_coverage(found, n, K, S):
@@ -72,60 +79,167 @@ def controlled(model, task, tokenizer, xs, seed):
 
 
 @torch.no_grad()
-def router_log_probs(model, tokenizer, xs):
-    """log p_phi(z|x) (N, K) of every input."""
+def router(model, tokenizer, xs):
+    """What the router says about every input: log p_phi(z|x) (N, K), or mean and log variance (N, D) each."""
     prompts = [tokenizer.router_prompt(x) for x in xs]
     rows = []
     for i in range(0, len(prompts), 256):
         part = prompts[i:i + 256]
-        rows.append(model(pad(part))[torch.arange(len(part)), torch.tensor([len(p) - 1 for p in part])])
-    return F.log_softmax(torch.cat(rows)[:, -model.config.n_latents:], dim=1)
+        last = torch.tensor([len(p) - 1 for p in part])
+        rows.append(model.route(model.hidden_states(pad(part))[-1][torch.arange(len(part)), last]))
+    rows = torch.cat(rows)
+    return gaussian(rows) if model.config.z_dim else F.log_softmax(rows[:, -model.config.n_latents:], dim=1)
 
 
 @torch.no_grad()
-def router_sampled(model, base, task, tokenizer, xs, samples, seed):
-    """z ~ p(z|x), then y ~ p(y|x,z), `samples` (at least K) times, against y from the base. Returns (metrics, shares of
-    the factorization's strategies, shares of the base's), both over all inputs and samples."""
+def router_sampled(model, task, tokenizer, xs, samples, generator):
+    """z ~ p(z|x), then y ~ p(y|x,z), `samples` times for every x in turn. Returns z (N, samples) or (N, samples, D), and
+    the y."""
+    if model.config.z_dim:
+        mean, log_var = (part[:, None] for part in router(model, tokenizer, xs))
+        noise = torch.randn(len(xs), samples, model.config.z_dim, generator=generator)
+        z = mean + (0.5 * log_var).exp() * noise
+        prompts = [tokenizer.prompt(x, continuous=True) for x in xs for _ in range(samples)]
+        return z, sample_ys(model, tokenizer, prompts, generator, z=z.flatten(0, 1))
+    z = torch.multinomial(router(model, tokenizer, xs).exp(), samples, replacement=True, generator=generator)
+    prompts = [tokenizer.prompt(x, k) for x, ks in zip(xs, z.tolist()) for k in ks]
+    return z, sample_ys(model, tokenizer, prompts, generator)
+
+
+@torch.no_grad()
+def against_base(model, base, task, tokenizer, xs, samples, seed):
+    """Router samples next to as many of the base. Returns (metrics, shares of the factorization's strategies, shares of
+    the base's, both over all inputs and samples, z, the strategies found under them)."""
     generator = torch.Generator().manual_seed(seed)
-    z = torch.multinomial(router_log_probs(model, tokenizer, xs).exp(), samples, replacement=True, generator=generator)
     all_xs = [x for x in xs for _ in range(samples)]
-    prompts = [tokenizer.prompt(x, k) for x, k in zip(all_xs, z.flatten().tolist())]
-    metrics, shares = {}, []
-    for name, ys in (("sampled", sample_ys(model, tokenizer, prompts, generator)),
+    z, sampled = router_sampled(model, task, tokenizer, xs, samples, generator)
+    metrics, shares, strategies = {}, [], []
+    for name, ys in (("sampled", sampled),
                      ("base", sample_ys(base, tokenizer, [tokenizer.prompt(x) for x in all_xs], generator))):
-        found = [task.attribute(x, y) for x, y in zip(all_xs, ys)]
-        shares.append([found.count(s) / len(found) for s in (*task.strategies, None)])
+        strategies.append([task.attribute(x, y) for x, y in zip(all_xs, ys)])
+        shares.append([strategies[-1].count(s) / len(all_xs) for s in (*task.strategies, None)])
         metrics |= {f"{name}_{key}": value for key, value in score_answers(task, all_xs, ys).items()}
-    # `found` is the base's: what K of its samples show, in place of K latents
-    coverage, full_coverage = local_coverage(found, samples, model.config.n_latents, len(task.strategies))
+    S = len(task.strategies)
+    K = samples if model.config.z_dim else model.config.n_latents
+    coverage, full_coverage = local_coverage(strategies[1], samples, K, S)  # what K samples of the base show
     metrics |= {"base_local_strategy_coverage_mean": coverage, "base_local_strategy_full_coverage_rate": full_coverage}
+    if model.config.z_dim:
+        coverage, full_coverage = local_coverage(strategies[0], samples, K, S)
+        metrics |= {"local_strategy_coverage_mean": coverage, "local_strategy_full_coverage_rate": full_coverage}
     metrics["sampled_strategy_total_variation"] = sum(abs(a - b) for a, b in zip(*shares)) / 2
-    return metrics, *shares
+    return metrics, *shares, z, strategies[0]
+
+
+@torch.enable_grad()
+def linear_probe(z, labels, group, S, permute=None):
+    """Accuracy of multinomial logistic regression from z (N, D) to labels (N,), -1 for no strategy, trained where
+    group (N,) is even and scored where it is odd; a z without a strategy counts as wrong. With `permute`, a
+    torch.Generator, labels are permuted before: what a probe finds in nothing."""
+    if permute:
+        labels = labels[torch.randperm(len(labels), generator=permute)]
+    z = (z - z.mean(dim=0)) / (z.std(dim=0) + 1e-6)
+    train, test = (group % 2 == 0) & (labels >= 0), group % 2 == 1
+    weight, bias = torch.zeros(S, z.shape[1], requires_grad=True), torch.zeros(S, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def penalised_nll():
+        optimizer.zero_grad()
+        nll = F.cross_entropy(F.linear(z[train], weight, bias), labels[train], reduction="sum") / len(z)
+        loss = nll + 1e-4 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(penalised_nll)
+    return (F.linear(z[test], weight, bias).argmax(dim=1) == labels[test]).float().mean().item()
+
+
+def centroids(z, labels, strategies):
+    """Mean of z (N, D) for every strategy in the list, (S, D), and the root mean square distance of a z from its own."""
+    centre = torch.stack([z[labels == s].mean(dim=0) for s in strategies])
+    distance = torch.cat([z[labels == s] - own for s, own in zip(strategies, centre)])
+    return centre, distance.square().sum(dim=1).mean().sqrt()
 
 
 @torch.no_grad()
 def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
-    """Likelihood and posterior on n base samples y ~ p_theta(y|x) at test inputs: exact, in nats a solution."""
+    """Likelihood and posterior on n base samples y ~ p_theta(y|x) at test inputs: in nats a solution; exact, or where z
+    is continuous an importance-weighted bound. Returns (metrics, labels (n,), what q says of the pairs)."""
     xs = [xs[i % len(xs)] for i in range(n)]
     pairs = sample_pairs(base, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(seed))
-    logp_y, logq = log_likelihood(model, pairs), q(pairs)  # (N, K)
-    logp_z = router_log_probs(model, tokenizer, xs)
-    marginal_q = logq.logsumexp(dim=0) - math.log(n)
-    reconstruction = losses.reconstruction(logp_y, logq).mean().item()
-    strategies = [task.attribute(x, y) for x, y in zip(xs, solutions(tokenizer, pairs))]
-    nll, base_nll = -(logp_z + logp_y).logsumexp(dim=1), pairs.b.sum(dim=1)
-    valid = torch.tensor([strategy is not None for strategy in strategies])
-    choice = logq.argmax(dim=1).tolist()
-    both = list(zip(choice, strategies))
-    joint = torch.tensor([[both.count((k, s)) / n for s in task.strategies] for k in range(logq.shape[1])])
-    return {"nll": nll.mean().item(), "base_nll": base_nll.mean().item(),
-            "nll_gap_of_valid": (nll - base_nll)[valid].sum().item() / max(int(valid.sum()), 1),
-            "reconstruction": reconstruction, "normalized_reconstruction": reconstruction / c_base,
+    labels = indices(task, [task.attribute(x, y) for x, y in zip(xs, solutions(tokenizer, pairs))])
+    posterior, p = q(pairs), router(model, tokenizer, xs)
+    if model.config.z_dim:
+        metrics = continuous_fidelity(model, pairs, posterior, p, seed)
+    else:
+        metrics = discrete_fidelity(model, pairs, posterior, p, labels, len(task.strategies))
+    base_nll, nll = pairs.b.sum(dim=1), metrics.pop("nll")
+    valid = labels >= 0
+    metrics |= {"nll": nll.mean().item(), "base_nll": base_nll.mean().item(),
+                "nll_gap_of_valid": (nll - base_nll)[valid].sum().item() / max(int(valid.sum()), 1),
+                "normalized_reconstruction": metrics["reconstruction"] / c_base}
+    return metrics, labels, posterior
+
+
+def discrete_fidelity(model, pairs, logq, logp_z, labels, S):
+    logp_y, n = log_likelihood(model, pairs), len(pairs.ids)  # (n, K)
+    marginal_q, entropy = logq.logsumexp(dim=0) - math.log(n), losses.posterior_entropy(logq).mean()
+    choice = F.one_hot(logq.argmax(dim=1), logq.shape[1]).float()
+    joint = choice.T @ F.one_hot(labels.clamp(min=0), S).float().mul((labels >= 0)[:, None]) / n
+    return {"nll": -(logp_z + logp_y).logsumexp(dim=1), "reconstruction": losses.reconstruction(logp_y, logq).mean().item(),
             "kl": losses.categorical_kl(logq, logp_z).mean().item(),
-            "posterior_alignment": one_to_one_matching(joint)[0],
-            "posterior_entropy": losses.posterior_entropy(logq).mean().item(),
-            "posterior_mutual_information": (-(marginal_q.exp() * marginal_q).sum()
-                                             - losses.posterior_entropy(logq).mean()).item()}
+            "posterior_alignment": one_to_one_matching(joint)[0], "posterior_entropy": entropy.item(),
+            "posterior_mutual_information": (-(marginal_q.exp() * marginal_q).sum() - entropy).item()}
+
+
+def continuous_fidelity(model, pairs, posterior, p, seed, samples=32):
+    """Half of the samples behind the bound [3] come from the posterior, half from the router, and every one is weighted as
+    a sample of the mixture of both."""
+    generator = torch.Generator().manual_seed(seed)
+    half = (len(pairs.ids), samples // 2, model.config.z_dim)
+    q, p = ([part[:, None] for part in gauss] for gauss in (posterior, p))
+    z = torch.cat([mean + (0.5 * log_var).exp() * torch.randn(half, generator=generator)
+                   for mean, log_var in (q, p)], dim=1)  # (n, samples, D)
+    logp_y = log_likelihood(model, pairs, z)  # (n, samples)
+    log_q, log_p = (-0.5 * ((z - mean).square() / log_var.exp() + log_var + math.log(2 * math.pi)).sum(dim=2)
+                    for mean, log_var in (q, p))
+    weight = log_p - torch.logaddexp(log_q, log_p) + math.log(2)
+    return {"nll": -losses.importance_weighted_bound(logp_y, weight),
+            "reconstruction": -logp_y[:, :samples // 2].mean().item(), "importance_samples": samples,
+            "kl": losses.gaussian_kl(*posterior, *(part[:, 0] for part in p)).mean().item(),
+            "posterior_variance": losses.posterior_variance(posterior[1]).mean().item()}
+
+
+def semantics(means, labels, x_index, z, found, task, seed):
+    """How the strategy sits in a continuous z: in the posterior means (n, D) of base samples of strategies `labels`
+    (n,), to inputs x_index (n,), and in z (N, samples, D) from the router with the strategies `found` under it."""
+    S, permute, metrics = len(task.strategies), torch.Generator().manual_seed(seed), {}
+    sampled_x, z, found = torch.arange(len(z)).repeat_interleave(z.shape[1]), z.flatten(0, 1), indices(task, found)
+    for name, args in (("posterior_mu", (means, labels, x_index, S)), ("sampled_z", (z, found, sampled_x, S))):
+        metrics[f"{name}_probe_accuracy"] = linear_probe(*args)
+        metrics[f"{name}_probe_accuracy_control"] = linear_probe(*args, permute)
+    both = sorted(set(labels.tolist()) & set(found.tolist()) - {-1})
+    if len(both) < 2:  # nothing to compare
+        return metrics
+    (centre, spread), (sampled_centre, sampled_spread) = centroids(means, labels, both), centroids(z, found, both)
+    between = (centre - sampled_centre).norm(dim=1).mean()
+    return metrics | {
+        "centroid_separation": (torch.pdist(centre).mean() / spread).item(),
+        "sampled_centroid_separation": (torch.pdist(sampled_centre).mean() / sampled_spread).item(),
+        "centroid_distance": (between / ((spread ** 2 + sampled_spread ** 2) / 2).sqrt()).item()}
+
+
+@torch.no_grad()
+def look(model, q, task, tokenizer, pool, xs, seed):
+    """Semantics of a continuous z in the middle of training: the posterior's on a pool of base samples, the router's in
+    16 samples for each of the first 32 xs."""
+    xs = xs[:32]
+    z, ys = router_sampled(model, task, tokenizer, xs, 16, torch.Generator().manual_seed(seed))
+    found = [task.attribute(x, y) for x, y in zip([x for x in xs for _ in range(16)], ys)]
+    coverage, full_coverage = local_coverage(found, 16, 16, len(task.strategies))
+    pool_xs = [tokenizer.decode(row[2:start - 2]) for row, start in zip(pool.ids.tolist(), pool.starts.tolist())]
+    labels = indices(task, [task.attribute(x, y) for x, y in zip(pool_xs, solutions(tokenizer, pool))])
+    return {"local_strategy_coverage_mean": coverage, "local_strategy_full_coverage_rate": full_coverage,
+            **semantics(q(pool)[0], labels, torch.arange(len(labels)), z, found, task, seed)}
 
 
 def solutions(tokenizer, pairs):
@@ -140,92 +254,61 @@ def evaluate(folder, seed=0):
     cfg = checkpoint["config"]
     set_threads(cfg["threads"])
     xs = different_inputs(task, cfg["eval_inputs"], test=True)
-    metrics, C = controlled(model, task, tokenizer, xs, seed)
-    samples = max(cfg["eval_samples"], model.config.n_latents)
-    router_metrics, shares, base_shares = router_sampled(model, base, task, tokenizer, xs, samples, seed)
+    D = model.config.z_dim
+    metrics, C = ({}, None) if D else controlled(model, task, tokenizer, xs, seed)
+    samples = 16 if D else max(cfg["eval_samples"], model.config.n_latents)
+    router_metrics, shares, base_shares, z, found = against_base(model, base, task, tokenizer, xs, samples, seed)
     metrics |= router_metrics
-    metrics |= held_out(model, q, base, task, tokenizer, xs, 1024, checkpoint["base"]["c_base"], seed)
+    likelihood, labels, posterior = held_out(model, q, base, task, tokenizer, xs, 4 * cfg["eval_inputs"],
+                                             checkpoint["base"]["c_base"], seed)
+    metrics |= likelihood
+    if D:
+        metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
     metrics |= {"test_inputs": len(xs), "minutes": checkpoint["minutes"],
                 "start_nll_error": checkpoint["start_nll_error"]}
     write_result(folder, cfg, metrics)
-    draw_matching(C, task.strategies, os.path.join(folder, "matching.png"))
-    draw_training(os.path.join(folder, "log.jsonl"), os.path.join(folder, "training.png"))
-    draw_shares(shares, base_shares, task.strategies, os.path.join(folder, "shares.png"))
+    if D:
+        figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), task.strategies,
+                                  os.path.join(folder, "latent_space.png"))
+        if D == 2:
+            figures.draw_maps(model, task, tokenizer, xs[:4], os.path.join(folder, "maps.png"))
+    else:
+        figures.draw_matching(C, task.strategies, os.path.join(folder, "matching.png"))
+    figures.draw_training(os.path.join(folder, "log.jsonl"), os.path.join(folder, "training.png"))
+    figures.draw_shares(shares, base_shares, task.strategies, os.path.join(folder, "shares.png"))
     for name in ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutation_gap",
                  "controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
-                 "sampled_strategy_total_variation", "nll", "base_nll", "posterior_alignment", "minutes"):
-        print(f"{name:36s} {metrics[name]:.3f}")
-    print("z and the strategy it means:", ", ".join(
-        f"<z{k + 1}> {'none' if s is None else f'{task.strategies[s]} ({C[k, s]:.2f})'}"
-        for k, s in enumerate(one_to_one_matching(C)[1])))
-    print(f"wrote {folder}/metrics.json, matching.png, training.png, shares.png", flush=True)
+                 "posterior_mu_probe_accuracy", "sampled_z_probe_accuracy", "sampled_z_probe_accuracy_control",
+                 "centroid_distance", "sampled_strategy_total_variation", "nll", "base_nll", "posterior_alignment",
+                 "minutes"):
+        if name in metrics:
+            print(f"{name:36s} {metrics[name]:.3f}")
+    if not D:
+        print("z and the strategy it means:", ", ".join(
+            f"<z{k + 1}> {'none' if s is None else f'{task.strategies[s]} ({C[k, s]:.2f})'}"
+            for k, s in enumerate(one_to_one_matching(C)[1])))
+    print(f"wrote {folder}/metrics.json and the figures beside it", flush=True)
     return metrics
 
 
-def new_figure(width, height, columns=1):
-    from matplotlib.figure import Figure  # here, because training needs no figures
-    figure = Figure((width, height), layout="constrained")
-    return figure, figure.subplots(1, columns)
-
-
-def draw_matching(C, strategies, path):
-    """Heat map of C[z, s], the share of test inputs on which forced z gives strategy s; the matching is framed."""
-    figure, axis = new_figure(1.6 + 1.1 * len(strategies), 1.6 + 0.6 * len(C))
-    axis.imshow(C.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    for k, match in enumerate(one_to_one_matching(C)[1]):
-        for s in range(len(strategies)):
-            axis.text(s, k, f"{C[k, s]:.2f}", ha="center", va="center", color="white" if C[k, s] > 0.6 else "black")
-        if match is not None:
-            left, right, top, bottom = match - 0.48, match + 0.48, k - 0.48, k + 0.48
-            axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="crimson", linewidth=2)
-    axis.set_xticks(range(len(strategies)), strategies, rotation=30, ha="right")
-    axis.set_yticks(range(len(C)), [f"<z{k + 1}>" for k in range(len(C))])
-    axis.set_title("share of test inputs solved by each strategy, z forced", fontsize=10)
-    figure.savefig(path, dpi=120)
-
-
-def draw_training(log_path, path):
-    """R / c_base and KL, every term's share of the objective, alignment and coverage, against the step."""
-    with open(log_path) as f:
-        log = [json.loads(line) for line in f]
-    figure, axes = new_figure(13, 3.6, 3)
-    steps = [e["step"] for e in log]
-    axes[0].plot(steps, [e["normalized_reconstruction"] for e in log], label="R / c_base")
-    axes[0].plot(steps, [e["kl"] for e in log], label="KL(q || p), nats")
-    names = [key for key in log[0] if key.startswith("loss_fraction_") and any(e[key] > 0 for e in log)]
-    axes[1].stackplot(steps, [[e[key] for e in log] for key in names],
-                      labels=[key.removeprefix("loss_fraction_").replace("_", " ") for key in names])
-    axes[1].set_title("share of the objective", fontsize=10)
-    looks = [e for e in log if "alignment_one_to_one" in e]
-    for key, label in (("alignment_one_to_one", "alignment"), ("local_strategy_coverage_mean", "local coverage")):
-        axes[2].plot([e["step"] for e in looks], [e[key] for e in looks], marker=".", label=label)
-    axes[2].set_ylim(0, 1.02)
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def draw_shares(shares, base_shares, strategies, path):
-    """How often router samples follow each strategy, next to samples of the base."""
-    figure, axis = new_figure(2 + 1.1 * len(strategies), 3.4)
-    place = range(len(strategies) + 1)
-    axis.bar([p - 0.2 for p in place], base_shares, 0.4, label="base")
-    axis.bar([p + 0.2 for p in place], shares, 0.4, label="router, then generator")
-    axis.set_xticks(place, (*strategies, "none"), rotation=30, ha="right")
-    axis.set_ylabel("share of samples")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
 def show(folder, xs):
-    """Prints, for every x, the likeliest trace under every z side by side, with the strategy it follows."""
+    """Prints, for every x, the likeliest trace under every z side by side, with the strategy it follows. A continuous z
+    takes the places at which the router's samples have each strategy on average, then those on the way between two."""
     _, _, task, tokenizer, model, _ = load_run(folder)
     K = model.config.n_latents
+    names, z = [f"<z{k + 1}>" for k in range(K)], None
+    if model.config.z_dim:
+        some = different_inputs(task, 32, test=True)
+        found_z, ys = router_sampled(model, task, tokenizer, some, 16, torch.Generator().manual_seed(0))
+        found = [task.attribute(x, y) for x, y in zip([x for x in some for _ in range(16)], ys)]
+        there = [s for s in task.strategies if s in found]
+        z, _ = centroids(found_z.flatten(0, 1), indices(task, found), indices(task, there).tolist())
+        names = [f"z of {s}:" for s in there]
     for x in xs:
-        ys = sample_ys(model, tokenizer, [tokenizer.prompt(x, k) for k in range(K)], torch.Generator(), temperature=0)
-        columns = [[f"<z{k + 1}> {task.attribute(x, y) or 'no strategy'}"] for k, y in enumerate(ys)]
+        prompts = [tokenizer.prompt(x, k, continuous=z is not None) for k in range(len(names))]
+        ys = sample_ys(model, tokenizer, prompts, torch.Generator(), temperature=0, z=z)
+        columns = [[f"{name} {task.attribute(x, y) or 'no strategy'}"] for name, y in zip(names, ys)]
         for column, y in zip(columns, ys):
             lines = " ".join(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")
             column += [line.strip(" ;") for line in lines]
@@ -233,6 +316,13 @@ def show(folder, xs):
         print(f"\nx = {' '.join(x)}")
         for i in range(max(map(len, columns))):
             print("  " + " | ".join((c[i] if i < len(c) else "").ljust(w) for c, w in zip(columns, widths)).rstrip())
+        if z is not None and len(z) > 1:
+            way = torch.linspace(0, 1, 11)[:, None]
+            line = z[0] + way * (z[1] - z[0])
+            ys = sample_ys(model, tokenizer, 11 * [prompts[0]], torch.Generator(), temperature=0, z=line)
+            print(f"  on the way from z of {there[0]} to z of {there[1]}:")
+            for t, y in zip(way[:, 0].tolist(), ys):
+                print(f"    {t:.1f} {task.attribute(x, y) or 'no strategy'}")
 
 
 def typed_input(folder, text):

@@ -27,7 +27,7 @@ import evaluate
 import losses
 import train_base
 from configs import fail
-from model import GPT, Pairs, in_threads, log_likelihood, sample_pairs, score_latents, set_threads
+from model import GPT, Pairs, gaussian, in_threads, log_likelihood, sample_pairs, score_latents, set_threads
 from posterior import Posterior, cluster_responses
 from tasks import Tokenizer
 from train_base import (check_finite, find_state, finish, interruptible, load_base, make_optimizers, make_task,
@@ -38,7 +38,8 @@ from train_base import (check_finite, find_state, finish, interruptible, load_ba
 class Config:
     base: str  # config file of the base model, which is trained first if its checkpoint is missing
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
-    n_latents: int = 0  # K; 0: as many as the task has strategies
+    n_latents: int = 0  # K, of clusters where z is continuous; 0: as many as the task has strategies
+    z_dim: int = 0  # D, the size of a continuous z; 0: discrete latents
     prior: list | None = None  # share of the base's solutions that each latent should stand for; None: equal shares
     steps: int = 700  # gradient steps
     batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
@@ -55,14 +56,18 @@ class Config:
     held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
     alpha: float = 2.0  # weight of log q(z|x,y) in the responsibilities
     posterior: str = "linear"  # "linear": frozen backbone, trained head; "full": both trained
+    posterior_std: float = 0.3  # standard deviation of a continuous posterior as it starts
+    z_samples: int = 1  # S, samples of a continuous z a pair, from the posterior
     # objective J = R + beta KL + sum_i weight_i L_i of the ELBO; a term of weight 0 takes no part in it
     normalize_reconstruction: bool = True  # divide R by c_base, the base's validation loss
     beta: float = 0.1  # of KL(q || p)
     token_weighted_weight: float = 0.0  # of the token-weighted reconstruction
     posterior_entropy_weight: float = 0.0  # of H(q)
     router_support_weight: float = 0.1  # of the router's mass outside the latent tokens
-    router_marginal_kl_weight: float = 0.0  # of KL(mean router || uniform)
+    router_marginal_kl_weight: float = 0.0  # of KL(mean router || prior), or of one Gaussian for all x from N(0, I)
     jsd_weight: float = 0.0  # of minus the inter-latent Jensen-Shannon divergence
+    posterior_variance_weight: float = 0.0  # of the mean variance of a continuous posterior
+    tiling_weight: float = 0.5  # of the reconstruction from a z ~ N(0, I) in the cell of the pair, z continuous
     distillation_weight: float = 1.0  # of posterior and router towards the responsibilities, before the ELBO
     # optimisation
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
@@ -91,8 +96,10 @@ def draw_pairs(base, task, tokenizer, n_inputs, n_responses, key):
 
 
 def compare_to_base(model, pairs):
-    """max_k |NLL of y given (x, z_k) - base NLL of y| / base NLL of y, over samples of the base."""
-    nll = -log_likelihood(model, pairs).mean(dim=0)  # (K,)
+    """max_k |NLL of y given (x, z_k) - base NLL of y| / base NLL of y, over samples of the base; z ~ N(0, I) where it is
+    continuous."""
+    z = [torch.randn(len(pairs.ids), 3, model.config.z_dim)] if model.config.z_dim else []
+    nll = -log_likelihood(model, pairs, *z).mean(dim=0)  # (K,)
     base_nll = pairs.b.sum(dim=1).mean()
     return ((nll - base_nll).abs().max() / base_nll).item()
 
@@ -106,49 +113,71 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
         first.setdefault((i // cfg.cluster_responses, *row), i)
     index = torch.tensor(list(first.values()))
     distinct = pairs.rows(index)
-    if len(index) < 2 * q.head.out_features:
-        fail(f"config key 'cluster_inputs': {len(index)} different responses are too few for {q.head.out_features} "
-             "clusters")
+    if len(index) < 2 * len(log_prior):
+        fail(f"config key 'cluster_inputs': {len(index)} different responses are too few for {len(log_prior)} clusters")
     features, log_p = q.fit_statistics(distinct), -distinct.b.sum(dim=1)
     width = base.config.n_embd
     # the last two layers, pooled with equal weights: earlier layers and other weights say more about x than about z
     evenly = features[:, :base.config.n_layer * width][:, -2 * width:]
     log_t, agreement = cluster_responses(evenly, index // cfg.cluster_responses, log_p, log_prior,
                                          torch.Generator().manual_seed(cfg.seed), cfg.cluster_restarts)
-    q.fit_head(features, log_t, log_p.softmax(dim=0))
+    q.fit_head(features, log_t, log_p.softmax(dim=0), cfg.posterior_std)
     return agreement
 
 
 def score_batch(model, batch, z, w, chunks):
-    """Everything the objective needs of the generator; z (B, n) latents to score; w (B, T) token weights.
+    """Everything the objective needs of the generator; z (B, n), or (B, n, D), to score; w (B, T) token weights.
 
-    Returns [logp_y (B, n), weighted_nll (B, n), jsd (B,), router_logits (B, V)] and a function `backward`. Pieces of
+    Returns [logp_y (B, n), weighted_nll (B, n), jsd (B,), router (B, V) or (B, 2 D)] and a function `backward`. Pieces of
     similar length are scored side by side. The objective is about the whole batch, so its gradient is taken in two
     steps: objective.backward() stops at what is returned here, and `backward` goes on from there into the model.
     """
     order, parameters = batch.by_length(chunks), list(model.parameters())
+    back = torch.cat(order).argsort()
+    zs = [z[rows].detach().requires_grad_(z.requires_grad) for rows in order]
 
-    def score(rows):
+    def score(rows, z):
         piece = batch.rows(rows)
-        latents = model.config.vocab_size - model.config.n_latents + z[rows]
-        token_nll, logits, router_logits = score_latents(model, piece.ids, piece.starts, latents)
+        latents = z if model.config.z_dim else model.config.vocab_size - model.config.n_latents + z
+        token_nll, logits, router = score_latents(model, piece.ids, piece.starts, latents)
         weights = w[rows][:, :piece.ids.shape[1]]
         jsd = losses.inter_latent_jsd(F.log_softmax(logits, dim=-1), weights)
-        return -token_nll.sum(dim=2), losses.token_weighted_nll(token_nll, weights), jsd, router_logits
+        return -token_nll.sum(dim=2), losses.token_weighted_nll(token_nll, weights), jsd, router
 
-    parts, back = in_threads(score, order), torch.cat(order).argsort()
+    parts = in_threads(score, order, zs)
     outputs = [torch.cat(part)[back].detach().requires_grad_() for part in zip(*parts)]
 
     def backward():
-        def gradient(rows, part):  # a term of weight 0 sends no gradient, and costs nothing
+        def gradient(rows, part, z):  # a term of weight 0 sends no gradient, and costs nothing
             used = [(mine, output.grad[rows]) for mine, output in zip(part, outputs) if output.grad is not None]
             values, gradients = zip(*used)
-            return torch.autograd.grad(values, parameters, gradients)
+            wanted = parameters + ([z] if z.requires_grad else [])
+            return torch.autograd.grad(values, wanted, gradients, allow_unused=True)
 
-        for parameter, *pieces in zip(parameters, *in_threads(gradient, order, parts)):
-            parameter.grad = sum(pieces)
+        pieces = in_threads(gradient, order, parts, zs)
+        for i, parameter in enumerate(parameters):
+            parameter.grad = sum(piece[i] for piece in pieces) if pieces[0][i] is not None else None
+        if z.requires_grad:
+            z.backward(torch.cat([piece[-1] for piece in pieces])[back])
 
     return outputs, backward
+
+
+@torch.no_grad()
+def tile(q, pool, cfg, step, log_prior):
+    """Labels of a pool where z is continuous: mean and log variance of the posterior, and a z ~ N(0, I), (N, D) each.
+
+    Draws of z are shared out among the corners, where the clusters began, as responsibilities are among latents: each to
+    a corner that is near, to each corner its share of the prior. A pair gets a draw of the corner that its posterior is
+    nearest to. So the whole space is taken, in K cells that are the same for every x.
+    """
+    mean, log_var = q(pool)
+    generator = torch.Generator().manual_seed(cfg.seed * 10**6 + step)
+    z = torch.randn(8 * len(mean), cfg.z_dim, generator=generator)
+    scores = -0.5 * torch.cdist(z, q.corners).square() / cfg.posterior_std ** 2  # log density of z at each corner
+    log_t = losses.balanced_responsibilities(scores / cfg.tau, log_prior, iterations=300)  # (8 N, K)
+    corner = torch.cdist(mean, q.corners).argmin(dim=1)
+    return mean, log_var, z[torch.multinomial(log_t.exp().T[corner], 1, generator=generator)[:, 0]]
 
 
 @torch.no_grad()
@@ -169,22 +198,24 @@ def factorize(cfg, signals):
     set_threads(cfg.threads)
     state = find_state(cfg)
     base, task, base_checkpoint = get_base(cfg)
+    n_tokens = 0 if cfg.z_dim else K  # a continuous z needs no token of its own
     torch.manual_seed(cfg.seed)  # after the base, which may or may not have been trained just now
     c_base = base_checkpoint["c_base"]
-    tokenizer = Tokenizer(task.vocab, K)
+    tokenizer = Tokenizer(task.vocab, n_tokens)
     log_prior = torch.tensor(cfg.prior or K * [1.0]).log().log_softmax(dim=0)
     folder, log = open_run(cfg, state)
     start, first_step, pool, labels = time.time(), 0, None, None
     if state:
-        model = GPT(dataclasses.replace(base.config, vocab_size=len(tokenizer), n_latents=K))
+        model = GPT(dataclasses.replace(base.config, vocab_size=len(tokenizer), n_latents=n_tokens, z_dim=cfg.z_dim))
     else:
         slot_pairs, other_pairs = (draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"{name} {cfg.seed}")
                                    for name in ("slot", "start"))
-        model = base.with_latents(K, slot_pairs, cfg.slot_steps)
+        model = base.with_latents(n_tokens, slot_pairs, cfg.slot_steps, z_dim=cfg.z_dim)
         start_nll_error = compare_to_base(model, other_pairs)
-        print(f"{cfg.name}: {K} latents for {task.name}, base at {c_base:.3f} nats a solution; inserted, they change "
-              f"that by at most {start_nll_error:.1%}", flush=True)
-    q = Posterior(base, K, cfg.posterior)
+        what = f"a latent in {cfg.z_dim} dimensions" if cfg.z_dim else f"{K} latents"
+        print(f"{cfg.name}: {what} for {task.name}, base at {c_base:.3f} nats a solution; inserted, this changes by at most "
+              f"{start_nll_error:.1%}", flush=True)
+    q = Posterior(base, K, cfg.posterior, cfg.z_dim)
     optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
     if state:
         if state["c_base"] != c_base:
@@ -197,8 +228,8 @@ def factorize(cfg, signals):
         agreement = start_posterior(q, base, task, tokenizer, cfg, log_prior)
         print(f"{cfg.name}: {agreement:.0%} of {cfg.cluster_restarts} restarts found the same clusters, "
               f"{(time.time() - start) / 60:.1f} min", flush=True)
-    elbo_step = cfg.held_steps + cfg.responsibility_steps
-    shown = {}
+    elbo_step = cfg.held_steps + (0 if cfg.z_dim else cfg.responsibility_steps)
+    shown, score = {}, "sampled_z_probe_accuracy" if cfg.z_dim else "alignment_one_to_one"
     bar = tqdm(range(first_step, cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
     for step in bar:
         set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
@@ -207,40 +238,61 @@ def factorize(cfg, signals):
         rows = slice(used, used + cfg.batch_size)
         if used == 0:
             pool = draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
-            if step < elbo_step:
+            if cfg.z_dim:
+                labels = tile(q, pool, cfg, step, log_prior)
+            elif step < elbo_step:
                 labels = label(model, q, pool, cfg, step, log_prior)
         batch = pool.rows(rows)
 
-        # Before the ELBO the generator learns from labels T, which no gradient flows through: one z ~ T an example
-        # estimates the reconstruction without bias and costs a K-th. In the ELBO, every sum over z is exact.
-        held = step < cfg.held_steps
-        logq = labels[0][rows] if held else q(batch)  # (B, K)
-        if step < elbo_step:
-            log_t = labels[1][rows]
-            z = torch.multinomial(log_t.exp(), 1, generator=torch.Generator().manual_seed(cfg.seed * 10**6 + step))
-            assignment = torch.zeros(cfg.batch_size, 1)  # log 1, of the z that was drawn
+        # Before the ELBO the generator learns from labels, which no gradient flows through: from T, of which one z an
+        # example estimates the reconstruction without bias and costs a K-th, or from a continuous z in the pair's cell.
+        held, elbo = step < cfg.held_steps, float(step >= elbo_step)
+        generator = torch.Generator().manual_seed(cfg.seed * 10**6 + step)
+        if cfg.z_dim:
+            mean, log_var, tiled = (label[rows] for label in labels)  # (B, D) each
+            z, assignment = tiled[:, None], torch.zeros(cfg.batch_size, 1)
+            if elbo:
+                mean, log_var = q(batch)
+                noise = torch.randn(cfg.batch_size, cfg.z_samples, cfg.z_dim, generator=generator)
+                samples = mean[:, None] + (0.5 * log_var).exp()[:, None] * noise  # (B, S, D), reparameterised
+                z, assignment = torch.cat([samples, z], dim=1), torch.full(noise.shape[:2], -math.log(cfg.z_samples))
         else:
-            z = torch.arange(K).expand(cfg.batch_size, K)
-            assignment = log_t = logq
+            logq = labels[0][rows] if held else q(batch)  # (B, K)
+            if elbo:  # every sum over z is exact
+                z, assignment, log_t = torch.arange(K).expand(cfg.batch_size, K), logq, logq
+            else:
+                log_t = labels[1][rows]
+                z = torch.multinomial(log_t.exp(), 1, generator=generator)
+                assignment = torch.zeros(cfg.batch_size, 1)  # log 1, of the z that was drawn
         w = losses.token_weights(batch.b)
-        (logp_y, weighted_nll, jsd, router_logits), backward = score_batch(model, batch, z, w, cfg.chunks)
-        logp_z = F.log_softmax(router_logits[:, -K:], dim=1)  # (B, K)
-        learns_t, elbo = float(step < elbo_step), float(step >= elbo_step)
+        (logp_y, weighted_nll, jsd, router), backward = score_batch(model, batch, z, w, cfg.chunks)
+        if cfg.z_dim:
+            n = assignment.shape[1]  # the last z is always that of the cell
+            logp_y, logp_tile, weighted_nll = logp_y[:, :n], logp_y[:, -1], weighted_nll[:, :n]
         terms = {  # name: (weight, value in nats); a weight of 0 leaves the term out of the objective, but in the log
             "reconstruction": (1 / c_base if cfg.normalize_reconstruction else 1.0,
                                losses.reconstruction(logp_y, assignment).mean()),
-            "kl": (elbo * cfg.beta, losses.categorical_kl(logq, logp_z).mean()),
-            "token_weighted": (cfg.token_weighted_weight, losses.expected(weighted_nll, assignment).mean()),
-            "posterior_entropy": (cfg.posterior_entropy_weight, losses.posterior_entropy(logq).mean()),
-            "router_support": (cfg.router_support_weight, losses.router_support(router_logits, K).mean()),
-            "router_marginal_kl": (cfg.router_marginal_kl_weight, losses.router_marginal_kl(logp_z, log_prior)),
-            "jsd": (-cfg.jsd_weight, jsd.mean()),
-            "posterior_distillation": (learns_t * cfg.distillation_weight * (not held),
-                                       losses.distillation(log_t, logq).mean()),
-            "router_distillation": (learns_t * cfg.distillation_weight, losses.distillation(log_t, logp_z).mean()),
-        }
+            "token_weighted": (cfg.token_weighted_weight, losses.expected(weighted_nll, assignment).mean())}
+        if cfg.z_dim:
+            router = gaussian(router)  # mean and log variance (B, D)
+            terms |= {
+                "kl": (cfg.beta if elbo else cfg.distillation_weight,
+                       losses.gaussian_kl(mean, log_var, *router).mean()),
+                "tiling": (elbo * cfg.tiling_weight, -logp_tile.mean()),
+                "posterior_variance": (cfg.posterior_variance_weight, losses.posterior_variance(log_var).mean()),
+                "router_marginal_kl": (cfg.router_marginal_kl_weight, losses.router_moment_kl(*router))}
+        else:
+            logp_z, learns_t = F.log_softmax(router[:, -K:], dim=1), cfg.distillation_weight * (1 - elbo)  # (B, K)
+            terms |= {
+                "kl": (elbo * cfg.beta, losses.categorical_kl(logq, logp_z).mean()),
+                "posterior_entropy": (cfg.posterior_entropy_weight, losses.posterior_entropy(logq).mean()),
+                "router_support": (cfg.router_support_weight, losses.router_support(router, K).mean()),
+                "router_marginal_kl": (cfg.router_marginal_kl_weight, losses.router_marginal_kl(logp_z, log_prior)),
+                "jsd": (-cfg.jsd_weight, jsd.mean()),
+                "posterior_distillation": (learns_t * (not held), losses.distillation(log_t, logq).mean()),
+                "router_distillation": (learns_t, losses.distillation(log_t, logp_z).mean())}
         J = sum(weight * value for weight, value in terms.values() if weight)
-        J.backward()
+        J.backward(retain_graph=bool(cfg.z_dim))  # z is differentiated after the generator
         backward()
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         check_finite(J, parameters, step, terms, folder)
@@ -255,15 +307,16 @@ def factorize(cfg, signals):
         entry["minutes"] = (time.time() - start) / 60
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             xs = evaluate.different_inputs(task, cfg.look_inputs, test=False)  # recipes are chosen by these looks
-            shown = evaluate.controlled(model, task, tokenizer, xs, seed=step)[0]
+            shown = (evaluate.look(model, q, task, tokenizer, pool, xs, seed=step) if cfg.z_dim else
+                     evaluate.controlled(model, task, tokenizer, xs, seed=step)[0])
             entry |= shown
             if bar.disable:
                 print(f"{cfg.name} step {step + 1}/{cfg.steps}: R/c {entry['normalized_reconstruction']:.3f}, KL "
-                      f"{entry['kl']:.3f}, alignment {shown['alignment_one_to_one']:.3f}, coverage "
+                      f"{entry['kl']:.3f}, {score} {shown[score]:.3f}, coverage "
                       f"{shown['local_strategy_coverage_mean']:.3f}, {entry['minutes']:.1f} min", flush=True)
         log.write(json.dumps(entry) + "\n")
-        bar.set_postfix_str(f"R/c {entry['normalized_reconstruction']:.3f} KL {entry['kl']:.3f} alignment "
-                            f"{shown.get('alignment_one_to_one', 0):.3f}")
+        bar.set_postfix_str(f"R/c {entry['normalized_reconstruction']:.3f} KL {entry['kl']:.3f} {score} "
+                            f"{shown.get(score, 0):.3f}")
         if (signals or (step + 1) % cfg.save_every == 0) and step + 1 < cfg.steps:
             save_state(folder, log, cfg, step + 1, model, optimizers, posterior=q.state_dict(), c_base=c_base,
                        pool=list(pool), labels=labels, start_nll_error=start_nll_error,
@@ -307,11 +360,19 @@ def check(cfg, K):
     if cfg.posterior not in ("linear", "full"):
         fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
     for key in ("steps", "batch_size", "pool_size", "chunks", "cluster_responses", "cluster_restarts", "eval_every",
-                "look_inputs", "eval_inputs", "eval_samples", "threads", "save_every"):
-        if getattr(cfg, key) < 1:
-            fail(f"config key '{key}' must be at least 1, got {getattr(cfg, key)}")
+                "look_inputs", "eval_inputs", "eval_samples", "threads", "save_every", "z_samples"):
+        least = 2 if key in ("look_inputs", "eval_inputs") else 1  # a probe is trained on one half and scored on the other
+        if getattr(cfg, key) < least:
+            fail(f"config key '{key}' must be at least {least}, got {getattr(cfg, key)}")
     if cfg.pool_size % cfg.batch_size:
         fail(f"config key 'pool_size' ({cfg.pool_size}) must be a multiple of batch_size ({cfg.batch_size})")
+    if cfg.z_dim and cfg.z_dim < K - 1:
+        fail(f"config key 'z_dim': {K} clusters need at least {K - 1} dimensions, got {cfg.z_dim}")
+    if not 0.1 <= cfg.posterior_std < 1:
+        fail(f"config key 'posterior_std' is at least 0.1 and less than 1, got {cfg.posterior_std}")
+    for key in ("posterior_entropy_weight", "jsd_weight") if cfg.z_dim else ("posterior_variance_weight",):
+        if getattr(cfg, key):
+            fail(f"config key '{key}' has no meaning where latents are {'continuous' if cfg.z_dim else 'discrete'}")
     if not cfg.tau:
         fail("config key 'tau' must not be 0")
 

@@ -6,6 +6,7 @@ Notation: logp_y (B, K) is log p_psi(y|x,z) for every latent z, summed over the 
 negative, token by token; logq (B, K) the posterior log q_xi(z|x,y); logp_z (B, K) the router log p_phi(z|x);
 w (B, T) token weights. kl(q, p) takes its arguments in this order.
 [1] Kingma & Welling 2014, arXiv 1312.6114   [2] Asano et al. 2020, arXiv 1911.05371   [3] Cuturi 2013, arXiv 1306.0895
+[4] Burda, Grosse & Salakhutdinov 2016, arXiv 1509.00519
 """
 import math
 
@@ -105,3 +106,28 @@ def grouped_logsumexp(values, group, n_groups):
 def distillation(target, logq):
     """Cross-entropy -sum_z T log q from fixed targets T = exp(target): (B, K), (B, K) -> (B,)."""
     return -(target.detach().exp() * logq).sum(dim=1)
+
+
+def gaussian_kl(mean_q, log_var_q, mean_p, log_var_p):
+    """KL(q || p) of diagonal Gaussians, closed form, summed over dimensions: (B, D) four times -> (B,)."""
+    ratio = (log_var_q - log_var_p).exp() + (mean_q - mean_p).square() / log_var_p.exp()
+    return 0.5 * (ratio - 1 + log_var_p - log_var_q).sum(dim=1)
+
+
+def posterior_variance(log_var):
+    """Mean of the posterior's variances over dimensions: (B, D) -> (B,)."""
+    return log_var.exp().mean(dim=1)
+
+
+def router_moment_kl(mean, log_var):
+    """KL(N(m, v) || N(0, I)) of the one Gaussian that has the moments of the batch's mixture of routers, m = mean mu and
+    v = mean(sigma^2 + mu^2) - m^2, summed over dimensions: (B, D) twice -> scalar. A statement about the batch."""
+    m = mean.mean(dim=0)
+    v = (log_var.exp() + mean.square()).mean(dim=0) - m.square()
+    return 0.5 * (v + m.square() - 1 - v.log()).sum()
+
+
+def importance_weighted_bound(logp_y, log_weight):
+    """log 1/S sum_s w_s p(y|x,z_s) <= log p(y|x) in expectation [4, eq. 8]: logp_y (B, S) and log w_s (B, S), the density
+    of the router at z_s over that of the distribution z_s was drawn from. (B, S), (B, S) -> (B,)."""
+    return (logp_y + log_weight).logsumexp(dim=1) - math.log(logp_y.shape[1])

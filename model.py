@@ -29,6 +29,7 @@ class GPTConfig:
     n_layer: int = 3
     n_head: int = 4
     n_embd: int = 128
+    z_dim: int = 0  # size D of a continuous latent, which enters at <z_empty>
 
 
 EPS = 1e-5  # under the root of RMSNorm
@@ -81,6 +82,9 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.z_dim:
+            self.embed_z = nn.Linear(config.z_dim, config.n_embd, bias=False)  # E(z)
+            self.gaussian_router = nn.Linear(config.n_embd, 2 * config.z_dim)
         hs = config.n_embd // config.n_head
         angles = torch.arange(config.block_size)[:, None] * 10000.0 ** (-torch.arange(0, hs, 2) / hs)
         self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, hs / 2)
@@ -89,6 +93,9 @@ class GPT(nn.Module):
             # residual branches start small, so that depth does not grow the stream's variance (nanoGPT)
             residual = name.endswith(("proj.weight", "down.weight"))
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+        if config.z_dim:  # N(0, I) for every x
+            nn.init.zeros_(self.gaussian_router.weight)
+            nn.init.zeros_(self.gaussian_router.bias)
 
     def takes_position(self, ids):
         """False for padding and for the latent section '<z> z </z>', which repeat the position before them, so that y
@@ -101,13 +108,16 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T) positions, from 0."""
         return (self.takes_position(ids).cumsum(dim=1) - 1).clamp(min=0)
 
-    def hidden_states(self, ids, positions=None, mask=None, caches=None):
-        """(B, T) ids -> list of L + 1 tensors (B, T, C): the embedding and the stream after every block."""
+    def hidden_states(self, ids, positions=None, mask=None, caches=None, z=None):
+        """(B, T) ids -> list of L + 1 tensors (B, T, C): the embedding, to which E(z) is added at <z_empty> where z
+        (B, D) is given, and the stream after every block."""
         positions = self.positions(ids) if positions is None else positions
         last = int(positions.max())
         assert last < self.config.block_size, f"{last + 1} positions exceed block_size {self.config.block_size}"
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, hs / 2)
         states = [self.embed(ids)]
+        if z is not None:
+            states[0] = states[0] + (ids == Z_EMPTY)[..., None] * self.embed_z(z)[:, None]
         for i, block in enumerate(self.blocks):
             states.append(block(states[-1], cos, sin, mask, caches[i] if caches else None))
         return states
@@ -116,24 +126,30 @@ class GPT(nn.Module):
         """Last stream (..., C) -> next-token logits (..., V)."""
         return self.head(norm(hidden))
 
+    def route(self, hidden):
+        """Last stream at <z> (B, C) -> what the router says: next-token logits (B, V), of which the last K name the
+        latents, or, where latents are continuous, the (B, 2 D) that gaussian() takes."""
+        return self.gaussian_router(norm(hidden)) if self.config.z_dim else self.logits(hidden)
+
     def forward(self, ids, **kwargs):
         """(B, T) ids, padded on the right -> (B, T, V) next-token logits."""
         return self.logits(self.hidden_states(ids, **kwargs)[-1])
 
-    def with_latents(self, n_latents, pairs, steps, batch=32, lr=0.01):
-        """A copy of this model whose vocabulary ends in n_latents new tokens, at the base's distribution.
+    def with_latents(self, n_latents, pairs, steps, batch=32, lr=0.01, z_dim=0):
+        """A copy of this model whose vocabulary ends in n_latents new tokens, or which takes a vector z of size z_dim at
+        <z_empty>, at the base's distribution.
 
         Three embeddings, of '<z> z </z>' with <z_empty> as z, start as a small copy of that of </x> and are fitted so
         that samples `pairs` (Pairs) of this model stay as likely as they are without the section; nothing else changes.
-        The latents then start as <z_empty> and a little noise to tell them apart. In the output, they are as unlikely
-        as <z_empty>, which the base never saw.
+        The latents then start as <z_empty> and a little noise to tell them apart; E(z) may be as large as <z_empty>, and
+        y hardly changes. In the output, latents are as unlikely as <z_empty>, which the base never saw.
         """
-        config = replace(self.config, vocab_size=self.config.vocab_size + n_latents, n_latents=n_latents)
+        config = replace(self.config, vocab_size=self.config.vocab_size + n_latents, n_latents=n_latents, z_dim=z_dim)
         model, state = GPT(config), self.state_dict()
         embed = torch.cat((state["embed.weight"], torch.zeros(n_latents, config.n_embd)))
         embed[[Z, Z_EMPTY, Z_END]] = 0.2 * state["embed.weight"][X_END]  # small embeddings turn faster
         head = torch.cat((state["head.weight"], state["head.weight"][Z_EMPTY].expand(n_latents, -1)))
-        model.load_state_dict({**state, "embed.weight": embed, "head.weight": head})
+        model.load_state_dict({**model.state_dict(), **state, "embed.weight": embed, "head.weight": head})
         weight = model.requires_grad_(False).embed.weight.requires_grad_(True)
         optimizer = torch.optim.Adam([weight], lr)
         frozen = torch.ones(len(weight), dtype=torch.bool).index_fill(0, torch.tensor([Z, Z_EMPTY, Z_END]), False)
@@ -152,7 +168,15 @@ class GPT(nn.Module):
         with torch.no_grad():
             slot = weight[Z_EMPTY]
             weight[config.vocab_size - n_latents:] = slot + 0.1 * slot.std() * torch.randn(n_latents, config.n_embd)
+            if z_dim:
+                model.embed_z.weight.normal_(std=slot.std().item())
         return model.requires_grad_(True)
+
+
+def gaussian(raw):
+    """(..., 2 D) -> mean and log variance, (..., D) each; a standard deviation is between 1/12 and 12."""
+    mean, raw = raw.chunk(2, dim=-1)
+    return mean, 5 * torch.tanh(raw / 5)
 
 
 class KVCache:
@@ -173,10 +197,11 @@ class KVCache:
 
 
 @torch.no_grad()
-def sample(model, prompts, generator, temperature=1.0):
+def sample(model, prompts, generator, temperature=1.0, z=None):
     """Continues every prompt until <eos> or the context is full.
 
     prompts: list of B id lists, of different lengths; generator: torch.Generator that all randomness comes from.
+    z: (B, D), one for every prompt with <z_empty>.
     temperature: 0 takes the likeliest token. Returns (tokens, logp), both (B, N) on the model's device: sampled ids,
     <pad> after <eos>, and each one's log-probability under the model at temperature 1 (nats, 0 at <pad>).
     Prompts are padded on the left, so that all rows write the same cache column; rows that are done
@@ -197,7 +222,7 @@ def sample(model, prompts, generator, temperature=1.0):
     causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
     # a padded query has no key of its own to look at; letting it see itself avoids a softmax over nothing
     mask = (causal & real[:, None]) | torch.eye(longest, dtype=torch.bool, device=device)
-    hidden = model.hidden_states(ids, positions, mask[:, None], caches)[-1][:, -1]
+    hidden = model.hidden_states(ids, positions, mask[:, None], caches, z)[-1][:, -1]
     for t in range(room):
         logp = F.log_softmax(model.logits(hidden).float(), dim=-1)  # (B, V)
         if temperature == 0:
@@ -236,17 +261,19 @@ def in_threads(f, *pieces):
     return list(threads.map(f, *pieces))
 
 
-def sample_in_batches(model, prompts, generator, temperature=1.0, batch=256):
+def sample_in_batches(model, prompts, generator, temperature=1.0, z=None, batch=256):
     """`sample` for any number of prompts, a batch at a time and each with a generator of its own, seeded by
     `generator`. Returns a list of (tokens (N,), logp (N,)) on the CPU, one for every prompt."""
-    batches = [prompts[i:i + batch] for i in range(0, len(prompts), batch)]
-    seeds = torch.randint(2 ** 62, (len(batches),), generator=generator).tolist()
+    starts = range(0, len(prompts), batch)
+    seeds = torch.randint(2 ** 62, (len(starts),), generator=generator).tolist()
 
-    def run(batch, seed):
-        tokens, logp = sample(model, batch, torch.Generator().manual_seed(seed), temperature)
+    def run(start, seed):
+        rows = slice(start, start + batch)
+        tokens, logp = sample(model, prompts[rows], torch.Generator().manual_seed(seed), temperature,
+                              None if z is None else z[rows])
         return list(zip(tokens.cpu(), logp.cpu()))
 
-    return [row for rows in in_threads(run, batches, seeds) for row in rows]
+    return [row for rows in in_threads(run, starts, seeds) for row in rows]
 
 
 def pad(rows):
@@ -272,11 +299,13 @@ class Pairs(NamedTuple):
         return (self.ids != PAD).sum(dim=1).argsort(descending=True).chunk(n_pieces)
 
 
-def in_pieces(f, pairs, size=16):
-    """f(pairs), a tensor with a row for every pair, computed without gradient in pieces of `size` side by side."""
+def in_pieces(f, pairs, *more, size=16):
+    """f(pairs, *more), a tensor with a row for every pair, computed without gradient in pieces of `size` side by side;
+    `more`: further tensors with a row for every pair."""
     order = pairs.by_length(math.ceil(len(pairs.ids) / size))
     f = torch.no_grad()(f)  # in the threads, which do not inherit it
-    return torch.cat(in_threads(lambda rows: f(pairs.rows(rows)), order))[torch.cat(order).argsort()]
+    parts = in_threads(lambda rows: f(pairs.rows(rows), *(tensor[rows] for tensor in more)), order)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 def sample_pairs(base, prompts, generator):
@@ -319,22 +348,25 @@ def insert_latents(ids, starts, latents):
 def score_latents(model, ids, starts, latents=None):
     """Scores every record under several latents in one pass: the generator and the router of the factorization.
 
-    ids (B, T) canonical records; starts (B,); latents (B, n) token ids, by default <z1> ... <zK> for every record.
-    Returns token_nll (B, n, T): -log p_psi(y_t|x,z,y_<t), 0 outside y; logits (B, n, T, V) behind them; router_logits
-    (B, V): the full next-token logits at <z>.
+    ids (B, T) canonical records; starts (B,); latents (B, n) token ids, by default <z1> ... <zK> for every record, or
+    (B, n, D) vectors z. Returns token_nll (B, n, T): -log p_psi(y_t|x,z,y_<t), 0 outside y; logits (B, n, T, V) behind
+    them; router (B, V) or (B, 2 D): what GPT.route says at <z>.
     """
     B, T = ids.shape
     K, V = model.config.n_latents, model.config.vocab_size
     latents = torch.arange(V - K, V, device=ids.device).expand(B, K) if latents is None else latents
-    n = latents.shape[1]
-    logits = model(insert_latents(ids, starts, latents).view(B * n, T + 3))
-    # the same for every z, by causality
-    router_logits = logits.view(B, n, T + 3, V)[torch.arange(B, device=ids.device), 0, starts - 1]
-    logits = logits[:, 2:-1]  # entry t now scores ids[:, t], which stands at t + 3
+    n, z = latents.shape[1], None
+    if latents.is_floating_point():
+        z, latents = latents.flatten(0, 1), torch.full((B, n), Z_EMPTY, device=ids.device)
+    hidden = model.hidden_states(insert_latents(ids, starts, latents).view(B * n, T + 3), z=z)[-1]
+    # what stands at <z> is the same for every z, by causality
+    router = model.route(hidden.view(B, n, T + 3, -1)[torch.arange(B, device=ids.device), 0, starts - 1])
+    logits = model.logits(hidden[:, 2:-1])  # entry t now scores ids[:, t], which stands at t + 3
     nll = y_nll(logits, ids.repeat_interleave(n, dim=0), starts.repeat_interleave(n))
-    return nll.view(B, n, T), logits.view(B, n, T, V), router_logits
+    return nll.view(B, n, T), logits.view(B, n, T, V), router
 
 
-def log_likelihood(model, pairs):
-    """log p_psi(y|x,z) of every pair under every latent: Pairs of B -> (B, K), without gradient."""
-    return in_pieces(lambda piece: -score_latents(model, piece.ids, piece.starts)[0].sum(dim=2), pairs)
+def log_likelihood(model, pairs, *z):
+    """log p_psi(y|x,z) of every pair under every latent: Pairs of B -> (B, K), without gradient; or, given z (B, n, D),
+    under the n vectors of each pair: (B, n)."""
+    return in_pieces(lambda piece, *z: -score_latents(model, piece.ids, piece.starts, *z)[0].sum(dim=2), pairs, *z)

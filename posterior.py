@@ -16,12 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from losses import balanced_responsibilities, grouped_logsumexp, token_weights
-from model import in_pieces, in_threads
+from model import gaussian, in_pieces, in_threads
 from tasks import PAD
 
 
 class Posterior(nn.Module):
-    """A copy of the base, pooled over y in two ways, standardised, and a linear head with K logits.
+    """A copy of the base, pooled over y in two ways, standardised, and a linear head: K logits, or the mean and the log
+    variance of a Gaussian over z in D dimensions.
 
     Each hidden state enters as its deviation from the mean state of its bigram (token, next token): what is left is
     context, such as "this number continues the list from the right", and not the number. The embedding layer has no
@@ -29,16 +30,18 @@ class Posterior(nn.Module):
     which is where strategies part. F = 2 L C features.
     """
 
-    def __init__(self, base, n_latents, adaptation="linear"):
+    def __init__(self, base, n_latents, adaptation="linear", z_dim=0):
         super().__init__()
-        self.adaptation = adaptation
+        self.adaptation, self.z_dim = adaptation, z_dim
         self.backbone = copy.deepcopy(base).requires_grad_(adaptation == "full")
         width, V = base.config.n_layer * base.config.n_embd, base.config.vocab_size
         self.register_buffer("bigram_mean", torch.zeros(V * V, width))
         self.register_buffer("bigram_seen", torch.zeros(V * V, 1))
         self.register_buffer("mean", torch.zeros(2 * width))
         self.register_buffer("std", torch.ones(2 * width))
-        self.head = nn.Linear(2 * width, n_latents)
+        self.head = nn.Linear(2 * width, 2 * z_dim or n_latents)
+        if z_dim:
+            self.register_buffer("corners", torch.zeros(n_latents, z_dim))  # where the clusters begin
         nn.init.normal_(self.head.weight, std=(2 * width) ** -0.5)
 
     def states(self, pairs):
@@ -72,16 +75,31 @@ class Posterior(nn.Module):
             self.bigram_seen += seen
         self.bigram_mean /= self.bigram_seen.clamp(min=1)
         self.bigram_seen.clamp_(max=1)
-        features = in_pieces(self.features, pairs, size)
+        features = in_pieces(self.features, pairs, size=size)
         self.mean.copy_(features.mean(dim=0))
         self.std.copy_(features.std(dim=0) + 1e-6)
         return (features - self.mean) / self.std
 
-    def fit_head(self, features, log_t, weight, steps=200, lr=1e-2, weight_decay=0.01):
-        """Fits the head to labels exp(log_t) (N, K), weighted by `weight` (N,): penalised cross-entropy."""
+    def fit_head(self, features, log_t, weight, std=0.3, steps=200, lr=1e-2, weight_decay=0.01):
+        """Fits the head to clusters exp(log_t) (N, K), weighted by `weight` (N,): penalised cross-entropy. The cluster
+        is that of the nearest corner of a simplex, where z is continuous: K corners around the origin of K - 1
+        dimensions, so far out that z, with standard deviation `std` around them, has variance 1 in every dimension.
+        Further dimensions start at N(0, 1)."""
+        if self.z_dim:
+            K = log_t.shape[1]
+            self.corners[:, :K - 1] = math.sqrt(K * (1 - std ** 2)) * torch.linalg.eigh(torch.ones(K, K))[1][:, :-1]
+            with torch.no_grad():
+                self.head.weight.zero_()
+                self.head.bias.zero_()
+                self.head.bias[self.z_dim:self.z_dim + K - 1] = 5 * math.atanh(2 * math.log(std) / 5)
         optimizer = torch.optim.Adam(self.head.parameters(), lr)
         for _ in range(steps):
-            nll = -(log_t.exp() * F.log_softmax(self.head(features), dim=1)).sum(dim=1)
+            out = self.head(features)
+            if self.z_dim:
+                mean, _ = gaussian(out)
+                nll = 0.5 * (mean - log_t.exp() @ self.corners).square().sum(dim=1) / std ** 2
+            else:
+                nll = -(log_t.exp() * F.log_softmax(out, dim=1)).sum(dim=1)
             loss = (weight * nll).sum() / weight.sum()
             loss = loss + weight_decay * self.head.weight.square().sum()
             optimizer.zero_grad()
@@ -90,10 +108,10 @@ class Posterior(nn.Module):
         self.head.zero_grad()
 
     def forward(self, pairs):
-        """model.Pairs of B records -> log q(z|x,y), (B, K)."""
+        """model.Pairs of B records -> log q(z|x,y), (B, K), or mean and log variance (B, D) each."""
         backbone_learns = self.adaptation == "full" and torch.is_grad_enabled()
         features = self.features(pairs) if backbone_learns else in_pieces(self.features, pairs)
-        return F.log_softmax(self.head(features), dim=1)
+        return gaussian(self.head(features)) if self.z_dim else F.log_softmax(self.head(features), dim=1)
 
 
 def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, dims=(40, 80, 160)):

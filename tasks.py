@@ -50,9 +50,11 @@ class Tokenizer:
                 word = word[match.end():]
         return tokens
 
-    def prompt(self, x, latent=None):
-        """Ids of the canonical prompt <bos> <x> ... </x> <y>, or the generator's: <bos> <x> ... </x> <z> z </z> <y>."""
-        section = [] if latent is None else [Z, self.first_latent + latent, Z_END]
+    def prompt(self, x, latent=None, continuous=False):
+        """Ids of the canonical prompt <bos> <x> ... </x> <y>, or the generator's: <bos> <x> ... </x> <z> z </z> <y>, with
+        <z_empty> as z where latents are continuous."""
+        z = Z_EMPTY if continuous else None if latent is None else self.first_latent + latent
+        section = [] if z is None else [Z, z, Z_END]
         return [BOS, X, *self.encode(x), X_END, *section, Y]
 
     def router_prompt(self, x):

@@ -132,10 +132,10 @@ def score_answers(task, xs, ys):
             "final_answer_accuracy": sum(p.answer == task.answer(x) for p, x in zip(parsed, xs)) / len(xs)}
 
 
-def sample_ys(model, tokenizer, prompts, generator, temperature=1.0):
+def sample_ys(model, tokenizer, prompts, generator, temperature=1.0, z=None):
     """One sampled y (list of tokens, without </y>) for every prompt."""
     ys = []
-    for ids, _ in sample_in_batches(model, prompts, generator, temperature):
+    for ids, _ in sample_in_batches(model, prompts, generator, temperature, z):
         ids = ids.tolist()
         ys.append(tokenizer.decode(ids[:ids.index(Y_END)] if Y_END in ids else [t for t in ids if t != PAD]))
     return ys

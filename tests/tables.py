@@ -44,7 +44,7 @@ def base_table():
 def mean_and_std(values, digits=3):
     """"0.991 ± 0.002"; a single value stands alone."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return f"{round(statistics.mean(values), digits) + 0.0:.{digits}f}{spread}"  # + 0.0: no minus before a zero
 
 
 COLUMNS = {"alignment_one_to_one": "alignment", "local_strategy_coverage_mean": "coverage",
@@ -56,10 +56,15 @@ COLUMNS = {"alignment_one_to_one": "alignment", "local_strategy_coverage_mean": 
 NOT_IN_RESULTS = {"local_strategy_coverage_mean", "latent_purity"}  # where alignment is near 1 they are, too
 NOT_IN_ABLATIONS = {"controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
                     "base_nll", "nll_gap_of_valid"}
+CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z_probe_accuracy": "probe, sampled z",
+              "sampled_z_probe_accuracy_control": "permuted", "local_strategy_full_coverage_rate": "full coverage of 16 z",
+              "centroid_distance": "centroid distance", "sampled_final_answer_accuracy": "answer right, router",
+              "base_final_answer_accuracy": "base", "base_nll": "base NLL", "nll_gap": "NLL gap", "kl": "KL",
+              "sampled_strategy_total_variation": "TV"}
 
 
-def discrete_rows(pattern, without):
-    runs, keys = {}, {key: title for key, title in COLUMNS.items() if key not in without}
+def runs_table(pattern, keys):
+    runs = {}
     for name, result in results(pattern).items():
         m = result["metrics"]
         runs.setdefault(name.split("_seed")[0], []).append(m | {"nll_gap": m["nll"] - m["base_nll"]})
@@ -76,8 +81,8 @@ def clusters_table():
 
 def draw_alignment_against_coverage(path):
     """Every run, a point: on the diagonal, a latent means the same for every x; below it, latents swap meanings."""
-    import evaluate
-    figure, axis = evaluate.new_figure(6, 4.6)
+    import figures
+    figure, axis = figures.new_figure(6, 4.6)
     axis.plot([0, 1], [0, 1], color="lightgray", zorder=0)
     for label, pattern, color in (("default recipe, K = S", "*_discrete_seed*.json", "tab:blue"),
                                   ("ablations, other K, skewed mixture", "ablations/*.json", "tab:orange")):
@@ -98,9 +103,14 @@ def faults_table():
     return table(["fault", "times", "lost"], [[name, str(times), "nothing"] for name, times in tried.items()])
 
 
+def without(keys):
+    return {key: title for key, title in COLUMNS.items() if key not in keys}
+
+
 TABLES = {"faults": faults_table, "base": base_table, "clusters": clusters_table,
-          "discrete": lambda: discrete_rows("*_discrete_seed*.json", NOT_IN_RESULTS),
-          "ablations": lambda: discrete_rows("ablations/*.json", NOT_IN_ABLATIONS)}
+          "discrete": lambda: runs_table("*_discrete_seed*.json", without(NOT_IN_RESULTS)),
+          "continuous": lambda: runs_table("*_continuous_seed*.json", CONTINUOUS),
+          "ablations": lambda: runs_table("ablations/*.json", without(NOT_IN_ABLATIONS))}
 
 
 def filled(readme):

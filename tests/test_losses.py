@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import Categorical, Normal, kl_divergence
 
 import losses
 
@@ -175,3 +175,62 @@ def test_distillation_moves_the_student_and_not_the_labels(random):
     assert target.grad is None and torch.allclose(logq.grad, -target.exp())
     assert torch.allclose(losses.distillation(target, target), Categorical(logits=target).entropy())
     assert (losses.distillation(target, logq) > losses.distillation(target, target)).all()
+
+
+def gaussians(n=2, D=3):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, D, generator=generator).requires_grad_() for _ in range(2 * n)]
+
+
+def test_gaussian_kl_equals_torch_distributions_and_takes_q_first():
+    mean_q, log_var_q, mean_p, log_var_p = gaussians()
+    q, p = Normal(mean_q, (0.5 * log_var_q).exp()), Normal(mean_p, (0.5 * log_var_p).exp())
+    got = losses.gaussian_kl(mean_q, log_var_q, mean_p, log_var_p)
+    assert torch.allclose(got, kl_divergence(q, p).sum(dim=1), atol=1e-5)
+    assert not torch.allclose(got, kl_divergence(p, q).sum(dim=1), atol=1e-2)
+    got.sum().backward()
+    assert all(t.grad.abs().sum() > 0 for t in (mean_q, log_var_q, mean_p, log_var_p))
+
+
+def test_the_moments_of_the_router_are_those_of_its_mixture():
+    """Against the mean and variance of many samples, z ~ N(mu(x), sigma(x)), x drawn from the batch."""
+    mean, log_var = gaussians(1)
+    generator = torch.Generator().manual_seed(1)
+    z = mean + (0.5 * log_var).exp() * torch.randn(200_000, *mean.shape, generator=generator)
+    z = z.flatten(0, 1).detach()
+    slow = kl_divergence(Normal(z.mean(dim=0), z.std(dim=0)), Normal(0.0, 1.0)).sum()
+    assert losses.router_moment_kl(mean, log_var).item() == pytest.approx(slow.item(), abs=0.01)
+    assert losses.router_moment_kl(torch.zeros(B, 3), torch.zeros(B, 3)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_reparameterised_gradient_is_that_of_finite_differences():
+    """d/d(mean, log variance) of the reconstruction of a fixed noise, through a nonlinear decoder."""
+    mean, log_var = (t.double().detach().requires_grad_() for t in gaussians(1))
+    noise = torch.randn(B, 2, 3, generator=torch.Generator().manual_seed(2)).double()
+
+    def reconstruction(mean, log_var):
+        z = mean[:, None] + (0.5 * log_var).exp()[:, None] * noise
+        logp_y = -(z.sin() * z).sum(dim=2)
+        return losses.reconstruction(logp_y, torch.full((B, 2), -math.log(2)).double())
+
+    assert torch.autograd.gradcheck(reconstruction, (mean, log_var))
+
+
+def test_elbo_importance_bound_and_evidence_are_in_order():
+    """z ~ N(0, 1), y ~ N(z, 1): log p(y) = log N(y; 0, 2) is known. A posterior that is too wide gives an ELBO below the
+    importance-weighted bound, which approaches the evidence; a bound with inverted weights does not."""
+    y, generator = torch.linspace(-2, 2, 50)[:, None], torch.Generator().manual_seed(0)
+    q, p = Normal(y / 2, 1.0), Normal(0.0, 1.0)
+    z = y / 2 + torch.randn(50, 4000, generator=generator)
+    logp_y, log_weight = Normal(z, 1.0).log_prob(y), p.log_prob(z) - q.log_prob(z)
+    evidence = Normal(0.0, math.sqrt(2)).log_prob(y)[:, 0]
+    kl = losses.gaussian_kl(y / 2, torch.zeros(50, 1), torch.zeros(50, 1), torch.zeros(50, 1))
+    elbo = -losses.reconstruction(logp_y, torch.full(z.shape, -math.log(4000))) - kl
+    few = losses.importance_weighted_bound(logp_y[:, :4], log_weight[:, :4]).mean()
+    many = losses.importance_weighted_bound(logp_y, log_weight).mean()
+    assert elbo.mean() < few < many and many.item() == pytest.approx(evidence.mean().item(), abs=0.01)
+    assert abs(losses.importance_weighted_bound(logp_y, -log_weight).mean() - evidence.mean()) > 0.1
+
+
+def test_posterior_variance_is_the_mean_over_dimensions():
+    assert losses.posterior_variance(torch.tensor([[0.0, math.log(3)]])).tolist() == pytest.approx([2])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (EPS, GPT, GPTConfig, insert_latents, pad, sample, sample_in_batches, sample_pairs, score_base,
+from model import (EPS, GPT, GPTConfig, gaussian, insert_latents, pad, sample, sample_in_batches, sample_pairs, score_base,
                    score_latents)
 from posterior import Posterior, cluster_responses
 from tasks import BOS, EOS, PAD, X, X_END, Y, Y_END, Z, Z_EMPTY, Z_END, Tokenizer
@@ -179,6 +179,10 @@ def test_a_fresh_factorization_starts_at_the_base(trained):
     model.embed.weight[[Z, Z_END, -4, -3, -2, -1]] = model.embed.weight[[12, 13, 14, 15, 16, 17]]
     broken = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
     assert (broken - nll).abs().min() > 0.05 * nll
+    model = base.with_latents(0, pairs, steps=80, z_dim=3).requires_grad_(False)
+    z = torch.cat([torch.zeros(len(ids), 1, 3), torch.randn(len(ids), 2, 3)], dim=1)
+    fresh = score_latents(model, ids, starts, z)[0].sum(dim=2).mean(dim=0)
+    assert ((fresh - nll).abs() <= 0.05 * nll).all() and fresh.unique().numel() == 3
 
 
 def test_a_linear_posterior_trains_its_head_and_a_full_one_everything(trained):
@@ -226,3 +230,60 @@ def test_clusters_mean_the_same_for_every_input_where_plain_distances_do_not():
     raw = torch.cdist(features, features[:S]).argmin(dim=1)
     plain = torch.zeros(S, S).index_put_((raw, strategy), torch.ones(n * S), accumulate=True) / n
     assert plain.max(dim=0).values.min() < 0.8
+
+
+def continuous(model, z_dim=3):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(VOCAB, 0, 24, 2, 2, 16, z_dim=z_dim))
+    for p in model.parameters():
+        p.data.mul_(12)
+    return model.requires_grad_(False)
+
+
+def test_z_changes_the_embedding_of_its_slot_and_nothing_else(model):
+    """hidden_states of z against those of a model whose <z_empty> embedding is that of <z_empty> plus E(z)."""
+    model, z = continuous(model), torch.tensor([[0.5, -1.0, 2.0]])
+    ids = torch.tensor([[BOS, X, 11, X_END, Z, Z_EMPTY, Z_END, Y, 12, Y_END]])
+    plain, shifted = model.hidden_states(ids), model.hidden_states(ids, z=z)
+    changed = (shifted[0] - plain[0]).abs().sum(dim=2)[0] > 0
+    assert changed.nonzero().tolist() == [[5]]
+    assert torch.equal(model.hidden_states(ids, z=0 * z)[-1], plain[-1])
+    model.embed.weight[Z_EMPTY] += model.embed_z.weight @ z[0]
+    assert torch.allclose(model.hidden_states(ids)[-1], shifted[-1], atol=1e-5)
+
+
+def test_sampling_under_a_continuous_z_scores_like_an_uncached_pass(model):
+    """Prompts of different lengths, a z for each, through batches: every z stays with its prompt."""
+    model = continuous(model)
+    some = [[*p[:-1], Z, Z_EMPTY, Z_END, Y] for p in prompts(7)]
+    z = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    found = sample_in_batches(model, some, torch.Generator().manual_seed(0), z=z, batch=3)
+    for p, vector, (tokens, logp) in zip(some, z, found):
+        tokens = tokens.tolist()  # this random model also samples <pad> and a second <z_empty>: until there
+        tokens = tokens[:min(tokens.index(end) for end in (PAD, Z_EMPTY, tokens[-1]) if end in tokens)]
+        ids = torch.tensor([p + tokens])
+        want = model(ids, z=vector[None]).log_softmax(dim=-1)[0, len(p) - 1:-1].gather(1, ids[0, len(p):, None])[:, 0]
+        assert len(want) and torch.allclose(logp[:len(want)], want, atol=1e-4)
+        assert not torch.allclose(model(ids)[0, len(p) - 1:], model(ids, z=vector[None])[0, len(p) - 1:], atol=1e-2)
+
+
+def test_a_standard_deviation_is_bounded_whatever_comes_in():
+    for raw in (0.0, 1e9, -1e9):
+        mean, log_var = gaussian(torch.full((1, 4), raw))
+        assert mean.shape == log_var.shape == (1, 2) and (mean == raw).all() and log_var.abs().max() <= 5
+
+
+def test_the_corners_of_a_posterior_have_unit_variance_and_equal_distances(trained):
+    """Fitted to four clusters that its features tell apart, a continuous posterior starts there."""
+    base, pairs, _ = trained
+    q = Posterior(base, 4, z_dim=5)
+    features, cluster = torch.zeros(400, q.head.in_features), torch.arange(400) % 4
+    features[torch.arange(400), cluster] = 2.0
+    q.fit_head(features, F.one_hot(cluster, 4).float().log().clamp(min=-50), torch.ones(400), std=0.5, steps=2000,
+               weight_decay=0.0)
+    mean, log_var = gaussian(q.head(features).detach())
+    distances = torch.pdist(mean[:4])
+    assert distances.std() < 0.02 * distances.mean()
+    assert torch.allclose((mean.var(dim=0) + log_var.exp()[0])[:3], torch.ones(3), atol=0.05)
+    assert torch.allclose((0.5 * log_var[0]).exp(), torch.tensor([0.5, 0.5, 0.5, 1, 1]), atol=1e-3)
+    assert mean[:, 3:].abs().max() < 0.05

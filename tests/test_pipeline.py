@@ -166,6 +166,24 @@ def test_labels_are_the_posteriors_while_held_and_the_generators_afterwards(work
     assert torch.allclose(later.exp(), want.exp(), atol=1e-3) and logp.std() > 0.1 and logq.std() > 0.1
 
 
+def test_tiling_shares_the_whole_prior_out_and_every_pair_gets_a_z_of_its_cell():
+    """Two corners at -1 and +1 with a quarter and three quarters of the prior: the cells of N(0, 1) meet at its quartile."""
+    n, prior = 512, torch.tensor([0.25, 0.75])
+    mean = torch.tensor([1.1, 0.8, 0.9, -1.0]).repeat(n // 4)[:, None]
+    cfg = configs.load(factorize, [*SHORT, "--z_dim=1"])
+
+    def q(pool):
+        return mean, torch.full((n, 1), -1.0)
+
+    q.corners = torch.tensor([[-1.0], [1.0]])
+    got_mean, log_var, z = factorize.tile(q, None, cfg, 0, prior.log())
+    assert torch.equal(got_mean, mean) and (log_var == -1).all()
+    assert z.mean().abs() < 0.15 and abs(z.std() - 1) < 0.1 and len(z.unique()) > 400
+    quartile = torch.distributions.Normal(0.0, 1.0).icdf(prior[0])
+    assert ((z > quartile) == (mean > 0)).float().mean() > 0.97
+    assert not torch.equal(z, factorize.tile(q, None, cfg, 8, prior.log())[2])
+
+
 def test_the_gradient_in_pieces_is_that_of_the_whole_batch(workplace):
     """Pieces of three lengths, scored and differentiated side by side, against one pass and one backward()."""
     cfg = configs.load(factorize, SHORT)
@@ -190,6 +208,76 @@ def test_the_gradient_in_pieces_is_that_of_the_whole_batch(workplace):
     objective(-nll.sum(dim=2), jsd, router_logits).backward()
     for mine, p in zip(got, model.parameters()):
         assert torch.allclose(mine, p.grad, rtol=1e-3, atol=1e-4 * p.grad.abs().max()) and p.grad.abs().max() > 0
+
+
+def test_the_gradient_reaches_a_continuous_z_through_pieces(workplace):
+    """The posterior's gradient, through a reparameterised z and three pieces, against one pass and one backward()."""
+    cfg = configs.load(factorize, SHORT)
+    base, task, _ = factorize.get_base(cfg)
+    pairs = factorize.draw_pairs(base, task, factorize.Tokenizer(task.vocab), 10, 1, "gradient")
+    model = base.with_latents(0, pairs, steps=1, z_dim=3)
+    generator = torch.Generator().manual_seed(0)
+    model.embed_z.weight.data.normal_(generator=generator)
+    mean, noise, w = torch.randn(10, 3, generator=generator), torch.randn(10, 2, 3, generator=generator), pairs.b
+    example = torch.arange(1.0, 11.0)
+    pieces, whole = mean.clone().requires_grad_(), mean.clone().requires_grad_()
+    (logp_y, *_), backward = factorize.score_batch(model, pairs, pieces[:, None] + noise, w, chunks=3)
+    (logp_y.sum(dim=1) * example).sum().backward(retain_graph=True)
+    backward()
+    got = [p.grad.clone() for p in (pieces, model.embed_z.weight, model.head.weight)]
+    model.zero_grad()
+    token_nll, _, _ = factorize.score_latents(model, pairs.ids, pairs.starts, whole[:, None] + noise)
+    (-token_nll.sum(dim=2).sum(dim=1) * example).sum().backward()
+    want = [p.grad for p in (whole, model.embed_z.weight, model.head.weight)]
+    assert got[0].abs().sum() > 0
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()) for a, b in zip(got, want))
+
+
+CONTINUOUS = ["--z_dim=2", "--steps=4", "--held_steps=2"]
+
+
+def test_a_continuous_run_repeats_itself_and_logs_every_term(workplace):
+    log, weights = run("continuous", *CONTINUOUS)
+    assert log == run("continuous_again", *CONTINUOUS)[0]
+    assert same(weights, run("unlooked", *CONTINUOUS, "--eval_every=4")[1])
+    assert log != run("continuous_1", *CONTINUOUS, "--seed=1")[0]
+    c_base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"]
+    for entry, beta, tiling in zip(log, (1.0, 1.0, 0.1, 0.1), (0, 0, 0.5, 0.5)):  # held, the router learns the posterior
+        assert entry["objective"] == pytest.approx(entry["reconstruction"] / c_base + beta * entry["kl"]
+                                                   + tiling * entry["tiling"], rel=1e-4)
+        assert (entry["reconstruction"] == entry["tiling"]) == (tiling == 0)
+    for term in ("token_weighted", "posterior_variance", "router_marginal_kl"):
+        with_term, _ = run(term, *CONTINUOUS, f"--{term}_weight=0.7")
+        assert with_term[-1][f"loss_fraction_{term}"] > 0 and term in log[0] and log[0][f"loss_fraction_{term}"] == 0
+
+
+def test_a_continuous_posterior_learns_once_it_is_no_longer_held(workplace):
+    heads = []
+    for held in (4, 2):
+        run("held", *CONTINUOUS, f"--held_steps={held}")
+        heads.append(torch.load("out/held/ckpt.pt", weights_only=True)["posterior"]["head.weight"])
+    assert not torch.equal(*heads)
+
+
+def test_a_continuous_run_is_evaluated_and_shown(workplace, capsys):
+    run("continuous", *CONTINUOUS)
+    metrics = evaluate.evaluate("out/continuous")
+    assert metrics["nll"] > 0 and metrics["kl"] > 0 and "alignment_one_to_one" not in metrics
+    assert {"latent_space.png", "maps.png", "shares.png", "training.png"} <= set(os.listdir("out/continuous"))
+    task = evaluate.load_run("out/continuous")[2]
+    evaluate.show("out/continuous", evaluate.different_inputs(task, 1, test=True))
+    assert "z of " in capsys.readouterr().out
+
+
+def test_a_linear_probe_finds_what_is_linear_and_nothing_in_permuted_labels():
+    generator = torch.Generator().manual_seed(0)
+    z, group = torch.randn(900, 2, generator=generator), torch.arange(900)
+    corners = torch.tensor([[1.0, 0], [-0.5, 0.87], [-0.5, -0.87]])
+    labels = torch.cdist(z, corners).argmin(dim=1)
+    assert evaluate.linear_probe(z, labels, group, 3) > 0.98
+    assert abs(evaluate.linear_probe(z, labels, group, 3, generator) - 1 / 3) < 0.06
+    labels[1::4] = -1  # half of the scored ones follow no strategy
+    assert 0.45 < evaluate.linear_probe(z, labels, group, 3) < 0.52
 
 
 def test_more_threads_change_no_weight(reference):
@@ -267,7 +355,7 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     def gap(answers):
         found = itertools.cycle(answers)
         monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: next(found))
-        metrics = evaluate.held_out(model, q, base, task, tokenizer, xs, 8, 1.0, seed=0)
+        metrics = evaluate.held_out(model, q, base, task, tokenizer, xs, 8, 1.0, seed=0)[0]
         return metrics["nll_gap_of_valid"], metrics["nll"] - metrics["base_nll"]
 
     first, second = "right-first", "down-first"
@@ -347,7 +435,7 @@ def test_local_coverage_counts_distinct_strategies_among_the_first_k():
     (["train_base.py", "configs/tiny_base.py", "--final_eval_size=0"], "'final_eval_size' must be at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--optimizer=sgd"], "'muon' or 'adamw', got 'sgd'"),
     (["train_base.py", "--steps=3"], "the first argument is a config file"),
-    (["factorize.py", "configs/tiny_discrete.py", "--eval_inputs=0"], "'eval_inputs' must be at least 1"),
+    (["factorize.py", "configs/tiny_discrete.py", "--eval_inputs=0"], "'eval_inputs' must be at least 2"),
     (["factorize.py", "configs/tiny_discrete.py", "--pool_size=100"], "(100) must be a multiple of batch_size"),
     (["evaluate.py", "out/nothing"], "does not exist"),
     (["evaluate.py", "out/tiny_base"], "is no factorization checkpoint"),
@@ -517,7 +605,8 @@ def test_a_base_that_is_interrupted_and_resumed_is_the_same_base(workplace, monk
     assert not os.path.exists(f"out/{parts.name}/state.pt")
 
 
-@pytest.mark.parametrize("stages", [[], ["--responsibility_steps=1"]])  # within the responsibilities, and in the ELBO
+# within the responsibilities, in the ELBO, and with a continuous z
+@pytest.mark.parametrize("stages", [[], ["--responsibility_steps=1"], CONTINUOUS[:1] + ["--held_steps=2"]])
 def test_a_factorization_that_is_interrupted_and_resumed_is_the_same_one(workplace, monkeypatch, stages):
     """The interruption comes within a pool: its pairs and labels are part of the state."""
     stages = ["--pool_size=128", "--steps=5", *stages]

@@ -3,6 +3,8 @@ import os
 import re
 import subprocess
 
+import pytest
+
 import configs
 import factorize
 import train_base
@@ -45,14 +47,15 @@ def test_every_config_loads_and_opens_with_its_command():
                 assert f.readline().strip() == f"# python {script.__name__}.py configs/{name}"
 
 
-def test_every_logged_number_is_explained(workplace):
+@pytest.mark.parametrize("z", ["--z_dim=0", "--z_dim=2"])
+def test_every_logged_number_is_explained(workplace, z):
     """Each key of log.jsonl and metrics.json has a row, or is covered by a row with a <placeholder>, in the README."""
     import json
     import evaluate
     folder = factorize.factorize(configs.load(factorize, [
-        "configs/tiny_discrete.py", "--name=logged", "--steps=2", "--held_steps=1", "--responsibility_steps=1",
-        "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2", "--pool_size=64",
-        "--eval_inputs=4", "--eval_samples=2"]))
+        "configs/tiny_discrete.py", "--name=logged", "--overwrite=True", z, "--steps=2", "--held_steps=1",
+        "--responsibility_steps=1", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2",
+        "--pool_size=64", "--eval_inputs=4", "--eval_samples=2"]))
     metrics = evaluate.evaluate(folder)
     with open(os.path.join(folder, "log.jsonl")) as f:
         keys = set(metrics) | {key for line in f for key in json.loads(line)}

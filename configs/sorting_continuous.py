@@ -1,0 +1,6 @@
+# python factorize.py configs/sorting_continuous.py
+base = "configs/sorting_base.py"
+z_dim = 4
+steps = 1000
+held_steps = 800
+router_marginal_kl_weight = 1.0

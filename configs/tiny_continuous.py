@@ -1,0 +1,14 @@
+# python factorize.py configs/tiny_continuous.py
+# about 20 seconds: every stage of the continuous recipe, too short to be good
+base = "configs/tiny_base.py"
+z_dim = 2
+steps = 60
+batch_size = 32
+pool_size = 128
+cluster_inputs = 48
+cluster_responses = 8
+held_steps = 40
+router_marginal_kl_weight = 1.0
+eval_every = 20
+eval_inputs = 32
+threads = 1
