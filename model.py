@@ -141,8 +141,8 @@ class GPT(nn.Module):
 
         Three embeddings, of '<z> z </z>' with <z_empty> as z, start as a small copy of that of </x> and are fitted so
         that samples `pairs` (Pairs) of this model stay as likely as they are without the section; nothing else changes.
-        The latents then start as <z_empty> and a little noise to tell them apart; E(z) may be as large as <z_empty>, and
-        y hardly changes. In the output, latents are as unlikely as <z_empty>, which the base never saw.
+        The latents then start as <z_empty> and a little noise to tell them apart, and so does E(z). In the output, they
+        are as unlikely as <z_empty>, which the base never saw.
         """
         config = replace(self.config, vocab_size=self.config.vocab_size + n_latents, n_latents=n_latents, z_dim=z_dim)
         model, state = GPT(config), self.state_dict()
@@ -169,7 +169,7 @@ class GPT(nn.Module):
             slot = weight[Z_EMPTY]
             weight[config.vocab_size - n_latents:] = slot + 0.1 * slot.std() * torch.randn(n_latents, config.n_embd)
             if z_dim:
-                model.embed_z.weight.normal_(std=slot.std().item())
+                model.embed_z.weight.normal_(std=0.1 * slot.std().item())
         return model.requires_grad_(True)
 
 
