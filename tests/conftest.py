@@ -17,6 +17,6 @@ def workplace(tmp_path_factory):
     os.symlink(os.path.join(ROOT, "configs"), folder / "configs")
     before = os.getcwd()
     os.chdir(folder)
-    train_base.train(configs.load(train_base, ["configs/tiny_base.py"]))
+    train_base.train(configs.load(train_base, ["configs/tiny_base.py", "--steps=160"]))
     yield folder
     os.chdir(before)

@@ -166,20 +166,21 @@ def test_a_fresh_factorization_starts_at_the_base(trained):
     """|NLL of y given (x, z_k) - base NLL of y| <= 5% for every k, on samples the slot was not fitted to; all the
     base's weights are kept, the latents differ, and a section of ordinary embeddings would have broken it."""
     base, pairs, (ids, starts, _) = trained
+    ids, starts = ids[:256], starts[:256]
     torch.manual_seed(0)
     nll = score_base(base, ids, starts).sum(dim=1).mean()
-    model = base.with_latents(4, pairs, steps=80)
+    model = base.with_latents(4, pairs, steps=50)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     model.requires_grad_(False)
     fresh = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
     assert ((fresh - nll).abs() <= 0.05 * nll).all() and fresh.unique().numel() == 4
     assert all(torch.equal(p, model.state_dict()[name]) for name, p in base.state_dict().items() if "blocks" in name)
     ordinary = ids[~torch.isin(ids, torch.tensor([Z, Z_END, Z_EMPTY])).any(dim=1)]  # a bad base may sample anything
-    assert len(ordinary) > 400 and torch.allclose(model(ordinary)[..., :-4], base(ordinary), atol=1e-5)
+    assert len(ordinary) > 200 and torch.allclose(model(ordinary)[..., :-4], base(ordinary), atol=1e-5)
     model.embed.weight[[Z, Z_END, -4, -3, -2, -1]] = model.embed.weight[[12, 13, 14, 15, 16, 17]]
     broken = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
     assert (broken - nll).abs().min() > 0.05 * nll
-    model = base.with_latents(0, pairs, steps=80, z_dim=3).requires_grad_(False)
+    model = base.with_latents(0, pairs, steps=50, z_dim=3).requires_grad_(False)
     z = torch.cat([torch.zeros(len(ids), 1, 3), torch.randn(len(ids), 2, 3)], dim=1)
     fresh = score_latents(model, ids, starts, z)[0].sum(dim=2).mean(dim=0)
     assert ((fresh - nll).abs() <= 0.05 * nll).all() and fresh.unique().numel() == 3
