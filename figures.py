@@ -36,7 +36,7 @@ def draw_latent_space(means, labels, z, found, strategies, path):
     (N,), -1 for none: the first two principal components of the means, with circles of one and two standard deviations
     of N(0, I)."""
     figure, axes = new_figure(10, 4.8, 2)
-    directions = torch.linalg.eigh(means.T.cov())[1].flip(1)[:, :2]
+    directions = torch.linalg.eigh(torch.atleast_2d(means.T.cov()))[1].flip(1)[:, :2]
     angle = torch.linspace(0, 2 * math.pi, 100)
     for axis, points, strategy, title in ((axes[0], means, labels, "posterior means of base samples"),
                                           (axes[1], z, found, "z from the router, by what it gives")):

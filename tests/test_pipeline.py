@@ -16,6 +16,7 @@ import torch
 import configs
 import evaluate
 import factorize
+import figures
 import train_base
 from conftest import ROOT
 
@@ -269,6 +270,12 @@ def test_a_continuous_run_is_evaluated_and_shown(continuous, capsys):
     assert {"latent_space.png", "maps.png", "shares.png", "training.png"} <= set(os.listdir("out/continuous"))
     evaluate.main(["out/continuous", "--show=1"])
     assert "z of " in capsys.readouterr().out
+
+
+def test_a_latent_in_one_dimension_is_drawn_too(tmp_path):
+    figures.draw_latent_space(torch.randn(9, 1), torch.arange(9) % 3, torch.randn(9, 1), torch.arange(9) % 3 - 1,
+                              ("a", "b", "c"), tmp_path / "line.png")
+    assert (tmp_path / "line.png").stat().st_size > 1000
 
 
 def test_a_linear_probe_finds_what_is_linear_and_nothing_in_permuted_labels():
