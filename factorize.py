@@ -230,6 +230,7 @@ def factorize(cfg, signals):
               f"{(time.time() - start) / 60:.1f} min", flush=True)
     elbo_step = cfg.held_steps + (0 if cfg.z_dim else cfg.responsibility_steps)
     shown, score = {}, "sampled_z_probe_accuracy" if cfg.z_dim else "alignment_one_to_one"
+    score_name = "probe" if cfg.z_dim else "alignment"
     bar = tqdm(range(first_step, cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
     for step in bar:
         set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
@@ -312,10 +313,10 @@ def factorize(cfg, signals):
             entry |= shown
             if bar.disable:
                 print(f"{cfg.name} step {step + 1}/{cfg.steps}: R/c {entry['normalized_reconstruction']:.3f}, KL "
-                      f"{entry['kl']:.3f}, {score} {shown[score]:.3f}, coverage "
+                      f"{entry['kl']:.3f}, {score_name} {shown[score]:.3f}, coverage "
                       f"{shown['local_strategy_coverage_mean']:.3f}, {entry['minutes']:.1f} min", flush=True)
         log.write(json.dumps(entry) + "\n")
-        bar.set_postfix_str(f"R/c {entry['normalized_reconstruction']:.3f} KL {entry['kl']:.3f} {score} "
+        bar.set_postfix_str(f"R/c {entry['normalized_reconstruction']:.3f} KL {entry['kl']:.3f} {score_name} "
                             f"{shown.get(score, 0):.3f}")
         if (signals or (step + 1) % cfg.save_every == 0) and step + 1 < cfg.steps:
             save_state(folder, log, cfg, step + 1, model, optimizers, posterior=q.state_dict(), c_base=c_base,
