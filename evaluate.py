@@ -93,8 +93,8 @@ def router(model, tokenizer, xs):
 
 @torch.no_grad()
 def router_sampled(model, task, tokenizer, xs, samples, generator):
-    """z ~ p(z|x), then y ~ p(y|x,z), `samples` times for every x in turn. Returns z (N, samples) or (N, samples, D), and
-    the y."""
+    """z ~ p(z|x), then y ~ p(y|x,z), `samples` times for every x in turn. Returns z (N, samples) or (N, samples, D),
+    and the y."""
     if model.config.z_dim:
         mean, log_var = (part[:, None] for part in router(model, tokenizer, xs))
         noise = torch.randn(len(xs), samples, model.config.z_dim, generator=generator)
@@ -154,7 +154,7 @@ def linear_probe(z, labels, group, S, permute=None):
 
 
 def centroids(z, labels, strategies):
-    """Mean of z (N, D) for every strategy in the list, (S, D), and the root mean square distance of a z from its own."""
+    """Mean of z (N, D) for every strategy in the list, (S, D), and root mean square distance of a z from its own."""
     centre = torch.stack([z[labels == s].mean(dim=0) for s in strategies])
     distance = torch.cat([z[labels == s] - own for s, own in zip(strategies, centre)])
     return centre, distance.square().sum(dim=1).mean().sqrt()
@@ -185,15 +185,16 @@ def discrete_fidelity(model, pairs, logq, logp_z, labels, S):
     marginal_q, entropy = logq.logsumexp(dim=0) - math.log(n), losses.posterior_entropy(logq).mean()
     choice = F.one_hot(logq.argmax(dim=1), logq.shape[1]).float()
     joint = choice.T @ F.one_hot(labels.clamp(min=0), S).float().mul((labels >= 0)[:, None]) / n
-    return {"nll": -(logp_z + logp_y).logsumexp(dim=1), "reconstruction": losses.reconstruction(logp_y, logq).mean().item(),
+    return {"nll": -(logp_z + logp_y).logsumexp(dim=1),
+            "reconstruction": losses.reconstruction(logp_y, logq).mean().item(),
             "kl": losses.categorical_kl(logq, logp_z).mean().item(),
             "posterior_alignment": one_to_one_matching(joint)[0], "posterior_entropy": entropy.item(),
             "posterior_mutual_information": (-(marginal_q.exp() * marginal_q).sum() - entropy).item()}
 
 
 def continuous_fidelity(model, pairs, posterior, p, seed, samples=32):
-    """Half of the samples behind the bound [3] come from the posterior, half from the router, and every one is weighted as
-    a sample of the mixture of both."""
+    """Half of the samples behind the importance-weighted bound come from the posterior, half from the router, and every
+    one is weighted as a sample of the mixture of both."""
     generator = torch.Generator().manual_seed(seed)
     half = (len(pairs.ids), samples // 2, model.config.z_dim)
     q, p = ([part[:, None] for part in gauss] for gauss in (posterior, p))

@@ -96,8 +96,8 @@ def draw_pairs(base, task, tokenizer, n_inputs, n_responses, key):
 
 
 def compare_to_base(model, pairs):
-    """max_k |NLL of y given (x, z_k) - base NLL of y| / base NLL of y, over samples of the base; z ~ N(0, I) where it is
-    continuous."""
+    """max_k |NLL of y given (x, z_k) - base NLL of y| / base NLL of y, over samples of the base; z ~ N(0, I) where
+    it is continuous."""
     z = [torch.randn(len(pairs.ids), 3, model.config.z_dim)] if model.config.z_dim else []
     nll = -log_likelihood(model, pairs, *z).mean(dim=0)  # (K,)
     base_nll = pairs.b.sum(dim=1).mean()
@@ -167,8 +167,8 @@ def score_batch(model, batch, z, w, chunks):
 def tile(q, pool, cfg, step, log_prior):
     """Labels of a pool where z is continuous: mean and log variance of the posterior, and a z ~ N(0, I), (N, D) each.
 
-    Draws of z are shared out among the corners, where the clusters began, as responsibilities are among latents: each to
-    a corner that is near, to each corner its share of the prior. A pair gets a draw of the corner that its posterior is
+    Draws of z are shared out among the corners, where the clusters began, as responsibilities are among latents: each
+    to a corner that is near, to each corner its share of the prior. A pair gets a draw of the corner that its posterior is
     nearest to. So the whole space is taken, in K cells that are the same for every x.
     """
     mean, log_var = q(pool)
@@ -362,7 +362,7 @@ def check(cfg, K):
         fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
     for key in ("steps", "batch_size", "pool_size", "chunks", "cluster_responses", "cluster_restarts", "eval_every",
                 "look_inputs", "eval_inputs", "eval_samples", "threads", "save_every", "z_samples"):
-        least = 2 if key in ("look_inputs", "eval_inputs") else 1  # a probe is trained on one half and scored on the other
+        least = 2 if key in ("look_inputs", "eval_inputs") else 1  # a probe learns from one half, scored on the other
         if getattr(cfg, key) < least:
             fail(f"config key '{key}' must be at least {least}, got {getattr(cfg, key)}")
     if cfg.pool_size % cfg.batch_size:

@@ -120,14 +120,14 @@ def posterior_variance(log_var):
 
 
 def router_moment_kl(mean, log_var):
-    """KL(N(m, v) || N(0, I)) of the one Gaussian that has the moments of the batch's mixture of routers, m = mean mu and
-    v = mean(sigma^2 + mu^2) - m^2, summed over dimensions: (B, D) twice -> scalar. A statement about the batch."""
+    """KL(N(m, v) || N(0, I)) of the one Gaussian that has the moments of the batch's mixture of routers, m = mean mu
+    and v = mean(sigma^2 + mu^2) - m^2, summed over dimensions: (B, D) twice -> scalar. A statement about the batch."""
     m = mean.mean(dim=0)
     v = (log_var.exp() + mean.square()).mean(dim=0) - m.square()
     return 0.5 * (v + m.square() - 1 - v.log()).sum()
 
 
 def importance_weighted_bound(logp_y, log_weight):
-    """log 1/S sum_s w_s p(y|x,z_s) <= log p(y|x) in expectation [4, eq. 8]: logp_y (B, S) and log w_s (B, S), the density
-    of the router at z_s over that of the distribution z_s was drawn from. (B, S), (B, S) -> (B,)."""
+    """log 1/S sum_s w_s p(y|x,z_s) <= log p(y|x) in expectation [4, eq. 8]: logp_y (B, S) and log w_s (B, S), the
+    density of the router at z_s over that of the distribution z_s was drawn from. (B, S), (B, S) -> (B,)."""
     return (logp_y + log_weight).logsumexp(dim=1) - math.log(logp_y.shape[1])
