@@ -17,16 +17,19 @@ import torch.nn.functional as F
 
 import figures
 import losses
+import parallel
 from configs import fail
-from model import GPT, GPTConfig, gaussian, log_likelihood, pad, sample_pairs, set_threads
+from model import GPT, GPTConfig, gaussian, log_likelihood, pad, sample_pairs
+from parallel import seeded
 from posterior import Posterior, one_to_one_matching
 from tasks import PAD, Tokenizer, Y_END
 from train_base import build_base, load_checkpoint, sample_ys, score_answers, write_result
 
 
 def load_run(folder):
-    """Run folder -> (checkpoint, base, task, tokenizer, model, posterior)."""
+    """Run folder -> (checkpoint, base, task, tokenizer, model, posterior), with the threads of its config in use."""
     checkpoint = load_checkpoint(os.path.join(folder, "ckpt.pt"), "factorization")
+    parallel.start(checkpoint["config"]["threads"])
     base, task = build_base(checkpoint["base"])
     model = GPT(GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
@@ -64,7 +67,7 @@ def controlled(model, task, tokenizer, xs, seed):
     """Forces every z on every x and decodes one y. Returns (metrics, C), C[z][s]: share of x on which z gave s."""
     K, S = model.config.n_latents, len(task.strategies)
     prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
-    ys = sample_ys(model, tokenizer, prompts, torch.Generator().manual_seed(seed))
+    ys = sample_ys(model, tokenizer, prompts, seeded(seed))
     all_xs = [x for x in xs for _ in range(K)]
     found = [task.attribute(x, y) for x, y in zip(all_xs, ys)]
     C = torch.tensor([[found[k::K].count(s) / len(xs) for s in task.strategies] for k in range(K)])
@@ -110,7 +113,7 @@ def router_sampled(model, task, tokenizer, xs, samples, generator):
 def against_base(model, base, task, tokenizer, xs, samples, seed):
     """Router samples next to as many of the base. Returns (metrics, shares of the factorization's strategies, shares of
     the base's, both over all inputs and samples, z, the strategies found under them)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     all_xs = [x for x in xs for _ in range(samples)]
     z, sampled = router_sampled(model, task, tokenizer, xs, samples, generator)
     metrics, shares, strategies = {}, [], []
@@ -165,7 +168,7 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     """Likelihood and posterior on n base samples y ~ p_theta(y|x) at test inputs: in nats a solution; exact, or where z
     is continuous an importance-weighted bound. Returns (metrics, labels (n,), what q says of the pairs)."""
     xs = [xs[i % len(xs)] for i in range(n)]
-    pairs = sample_pairs(base, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(seed))
+    pairs = sample_pairs(base, [tokenizer.prompt(x) for x in xs], seeded(seed))
     labels = indices(task, [task.attribute(x, y) for x, y in zip(xs, solutions(tokenizer, pairs))])
     posterior, p = q(pairs), router(model, tokenizer, xs)
     if model.config.z_dim:
@@ -195,7 +198,7 @@ def discrete_fidelity(model, pairs, logq, logp_z, labels, S):
 def continuous_fidelity(model, pairs, posterior, p, seed, samples=32):
     """Half of the samples behind the importance-weighted bound come from the posterior, half from the router, and every
     one is weighted as a sample of the mixture of both."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     half = (len(pairs.ids), samples // 2, model.config.z_dim)
     q, p = ([part[:, None] for part in gauss] for gauss in (posterior, p))
     z = torch.cat([mean + (0.5 * log_var).exp() * torch.randn(half, generator=generator)
@@ -213,7 +216,7 @@ def continuous_fidelity(model, pairs, posterior, p, seed, samples=32):
 def semantics(means, labels, x_index, z, found, task, seed):
     """How the strategy sits in a continuous z: in the posterior means (n, D) of base samples of strategies `labels`
     (n,), to inputs x_index (n,), and in z (N, samples, D) from the router with the strategies `found` under it."""
-    S, permute, metrics = len(task.strategies), torch.Generator().manual_seed(seed), {}
+    S, permute, metrics = len(task.strategies), seeded(seed), {}
     sampled_x, z, found = torch.arange(len(z)).repeat_interleave(z.shape[1]), z.flatten(0, 1), indices(task, found)
     for name, args in (("posterior_mu", (means, labels, x_index, S)), ("sampled_z", (z, found, sampled_x, S))):
         metrics[f"{name}_probe_accuracy"] = linear_probe(*args)
@@ -234,7 +237,7 @@ def look(model, q, task, tokenizer, pool, xs, seed):
     """Semantics of a continuous z in the middle of training: the posterior's on a pool of base samples, the router's in
     16 samples for each of the first 32 xs."""
     xs = xs[:32]
-    z, ys = router_sampled(model, task, tokenizer, xs, 16, torch.Generator().manual_seed(seed))
+    z, ys = router_sampled(model, task, tokenizer, xs, 16, seeded(seed))
     found = [task.attribute(x, y) for x, y in zip([x for x in xs for _ in range(16)], ys)]
     coverage, full_coverage = local_coverage(found, 16, 16, len(task.strategies))
     pool_xs = [tokenizer.decode(row[2:start - 2]) for row, start in zip(pool.ids.tolist(), pool.starts.tolist())]
@@ -253,7 +256,6 @@ def evaluate(folder, seed=0):
     """Writes metrics.json, result.json and the figures of a run folder; returns the metrics."""
     checkpoint, base, task, tokenizer, model, q = load_run(folder)
     cfg = checkpoint["config"]
-    set_threads(cfg["threads"])
     xs = different_inputs(task, cfg["eval_inputs"], test=True)
     D = model.config.z_dim
     metrics, C = ({}, None) if D else controlled(model, task, tokenizer, xs, seed)
@@ -301,14 +303,14 @@ def show(folder, xs):
     names, z = [f"<z{k + 1}>" for k in range(K)], None
     if model.config.z_dim:
         some = different_inputs(task, 32, test=True)
-        found_z, ys = router_sampled(model, task, tokenizer, some, 16, torch.Generator().manual_seed(0))
+        found_z, ys = router_sampled(model, task, tokenizer, some, 16, seeded(0))
         found = [task.attribute(x, y) for x, y in zip([x for x in some for _ in range(16)], ys)]
         there = [s for s in task.strategies if s in found]
         z, _ = centroids(found_z.flatten(0, 1), indices(task, found), indices(task, there).tolist())
         names = [f"z of {s}:" for s in there]
     for x in xs:
         prompts = [tokenizer.prompt(x, k, continuous=z is not None) for k in range(len(names))]
-        ys = sample_ys(model, tokenizer, prompts, torch.Generator(), temperature=0, z=z)
+        ys = sample_ys(model, tokenizer, prompts, seeded(0), temperature=0, z=z)
         columns = [[f"{name} {task.attribute(x, y) or 'no strategy'}"] for name, y in zip(names, ys)]
         for column, y in zip(columns, ys):
             lines = " ".join(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")
@@ -320,7 +322,7 @@ def show(folder, xs):
         if z is not None and len(z) > 1:
             way = torch.linspace(0, 1, 11)[:, None]
             line = z[0] + way * (z[1] - z[0])
-            ys = sample_ys(model, tokenizer, 11 * [prompts[0]], torch.Generator(), temperature=0, z=line)
+            ys = sample_ys(model, tokenizer, 11 * [prompts[0]], seeded(0), temperature=0, z=line)
             print(f"  on the way from z of {there[0]} to z of {there[1]}:")
             for t, y in zip(way[:, 0].tolist(), ys):
                 print(f"    {t:.1f} {task.attribute(x, y) or 'no strategy'}")

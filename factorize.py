@@ -11,6 +11,7 @@ metrics.json, result.json and figures. The recipe has four stages:
 [1] Asano et al. 2020, arXiv 1911.05371     [2] Kingma & Welling 2014, arXiv 1312.6114
 """
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -20,14 +21,17 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import configs
 import evaluate
 import losses
+import parallel
 import train_base
 from configs import fail
-from model import GPT, Pairs, gaussian, in_threads, log_likelihood, sample_pairs, score_latents, set_threads
+from model import GPT, Pairs, gaussian, log_likelihood, sample_pairs, score_latents
+from parallel import add_up, gather, in_threads, seeded
 from posterior import Posterior, cluster_responses
 from tasks import Tokenizer
 from train_base import (check_finite, find_state, finish, interruptible, load_base, make_optimizers, make_task,
@@ -83,6 +87,10 @@ class Config:
     eval_samples: int = 8  # router samples an input
     seed: int = 0  # of weights, data and clusters
     threads: int = 2  # CPU threads
+    device: str = "auto"  # "cuda", "mps" or "cpu"; auto: the first that is there
+    precision: str = "auto"  # of matrix products: "float32" or "bfloat16"; auto: bfloat16 on CUDA, where it is faster
+    compile: bool = False  # fuse the blocks by torch.compile: faster steps after a minute; takes a C++ compiler
+    recompute: bool = False  # forget a batch's activations and compute them twice: memory no longer grows with K
     save_every: int = 100  # steps between saved states, from which an interrupted run can go on
     resume: bool = False  # go on from the last saved state, of the base's training too, if there is one
     overwrite: bool = False  # start again in a folder that holds a run
@@ -92,7 +100,7 @@ def draw_pairs(base, task, tokenizer, n_inputs, n_responses, key):
     """n_responses samples y ~ p_theta(y|x) for each of n_inputs training inputs: a function of `key` (str) alone."""
     rng = random.Random(key)
     xs = [x for x in (task.sample_input(rng, test=False) for _ in range(n_inputs)) for _ in range(n_responses)]
-    return sample_pairs(base, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(rng.getrandbits(48)))
+    return sample_pairs(base, [tokenizer.prompt(x) for x in xs], seeded(rng.getrandbits(48)))
 
 
 def compare_to_base(model, pairs):
@@ -120,21 +128,24 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
     # the last two layers, pooled with equal weights: earlier layers and other weights say more about x than about z
     evenly = features[:, :base.config.n_layer * width][:, -2 * width:]
     log_t, agreement = cluster_responses(evenly, index // cfg.cluster_responses, log_p, log_prior,
-                                         torch.Generator().manual_seed(cfg.seed), cfg.cluster_restarts)
+                                         seeded(cfg.seed), cfg.cluster_restarts)
     q.fit_head(features, log_t, log_p.softmax(dim=0), cfg.posterior_std)
     return agreement
 
 
-def score_batch(model, batch, z, w, chunks):
+def score_batch(model, batch, z, w, chunks, recompute=False):
     """Everything the objective needs of the generator; z (B, n), or (B, n, D), to score; w (B, T) token weights.
 
     Returns [logp_y (B, n), weighted_nll (B, n), jsd (B,), router (B, V) or (B, 2 D)] and a function `backward`. Pieces of
     similar length are scored side by side. The objective is about the whole batch, so its gradient is taken in two
-    steps: objective.backward() stops at what is returned here, and `backward` goes on from there into the model.
+    steps: objective.backward() stops at what is returned here, and `backward` goes on from there into the model. With
+    `recompute` nothing is kept between the two but what is returned, and the pieces are scored once more: memory is that
+    of the pieces in work.
     """
-    order, parameters = batch.by_length(chunks), list(model.parameters())
+    order, parameters = batch.by_length(max(chunks, parallel.processes)), list(model.parameters())
     back = torch.cat(order).argsort()
-    zs = [z[rows].detach().requires_grad_(z.requires_grad) for rows in order]
+    mine = parallel.mine(order)  # the pieces of this process
+    zs = [z[rows].detach().requires_grad_(z.requires_grad) for rows in mine]
 
     def score(rows, z):
         piece = batch.rows(rows)
@@ -144,21 +155,23 @@ def score_batch(model, batch, z, w, chunks):
         jsd = losses.inter_latent_jsd(F.log_softmax(logits, dim=-1), weights)
         return -token_nll.sum(dim=2), losses.token_weighted_nll(token_nll, weights), jsd, router
 
-    parts = in_threads(score, order, zs)
-    outputs = [torch.cat(part)[back].detach().requires_grad_() for part in zip(*parts)]
+    again = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
+    parts = in_threads(again if recompute else score, mine, zs)
+    whole = gather([[output.detach() for output in part] for part in parts])
+    outputs = [torch.cat(part)[back].requires_grad_() for part in zip(*whole)]
 
     def backward():
         def gradient(rows, part, z):  # a term of weight 0 sends no gradient, and costs nothing
-            used = [(mine, output.grad[rows]) for mine, output in zip(part, outputs) if output.grad is not None]
+            used = [(value, output.grad[rows]) for value, output in zip(part, outputs) if output.grad is not None]
             values, gradients = zip(*used)
             wanted = parameters + ([z] if z.requires_grad else [])
             return torch.autograd.grad(values, wanted, gradients, allow_unused=True)
 
-        pieces = in_threads(gradient, order, parts, zs)
-        for i, parameter in enumerate(parameters):
-            parameter.grad = sum(piece[i] for piece in pieces) if pieces[0][i] is not None else None
+        pieces = in_threads(gradient, mine, parts, zs)
+        for parameter, total in zip(parameters, add_up([piece[:len(parameters)] for piece in pieces])):
+            parameter.grad = total
         if z.requires_grad:
-            z.backward(torch.cat([piece[-1] for piece in pieces])[back])
+            z.backward(torch.cat(gather([piece[-1] for piece in pieces]))[back])
 
     return outputs, backward
 
@@ -172,7 +185,7 @@ def tile(q, pool, cfg, step, log_prior):
     nearest to. So the whole space is taken, in K cells that are the same for every x.
     """
     mean, log_var = q(pool)
-    generator = torch.Generator().manual_seed(cfg.seed * 10**6 + step)
+    generator = seeded(cfg.seed * 10**6 + step)
     z = torch.randn(8 * len(mean), cfg.z_dim, generator=generator)
     scores = -0.5 * torch.cdist(z, q.corners).square() / cfg.posterior_std ** 2  # log density of z at each corner
     log_t = losses.balanced_responsibilities(scores / cfg.tau, log_prior, iterations=300)  # (8 N, K)
@@ -195,7 +208,7 @@ def factorize(cfg, signals):
     base_cfg = load_base_config(cfg)
     K = cfg.n_latents or len(make_task(base_cfg.task, base_cfg.task_sizes).strategies)
     check(cfg, K)  # whatever is wrong is said before a base is trained
-    set_threads(cfg.threads)
+    parallel.start(cfg.threads, cfg.device, cfg.precision)
     state = find_state(cfg)
     base, task, base_checkpoint = get_base(cfg)
     n_tokens = 0 if cfg.z_dim else K  # a continuous z needs no token of its own
@@ -228,6 +241,8 @@ def factorize(cfg, signals):
         agreement = start_posterior(q, base, task, tokenizer, cfg, log_prior)
         print(f"{cfg.name}: {agreement:.0%} of {cfg.cluster_restarts} restarts found the same clusters, "
               f"{(time.time() - start) / 60:.1f} min", flush=True)
+    if cfg.compile:
+        model.compile()
     elbo_step = cfg.held_steps + (0 if cfg.z_dim else cfg.responsibility_steps)
     shown, score = {}, "sampled_z_probe_accuracy" if cfg.z_dim else "alignment_one_to_one"
     score_name = "probe" if cfg.z_dim else "alignment"
@@ -248,7 +263,7 @@ def factorize(cfg, signals):
         # Before the ELBO the generator learns from labels, which no gradient flows through: from T, of which one z an
         # example estimates the reconstruction without bias and costs a K-th, or from a continuous z in the pair's cell.
         held, elbo = step < cfg.held_steps, float(step >= elbo_step)
-        generator = torch.Generator().manual_seed(cfg.seed * 10**6 + step)
+        generator = seeded(cfg.seed * 10**6 + step)
         if cfg.z_dim:
             mean, log_var, tiled = (label[rows] for label in labels)  # (B, D) each
             z, assignment = tiled[:, None], torch.zeros(cfg.batch_size, 1)
@@ -266,7 +281,7 @@ def factorize(cfg, signals):
                 z = torch.multinomial(log_t.exp(), 1, generator=generator)
                 assignment = torch.zeros(cfg.batch_size, 1)  # log 1, of the z that was drawn
         w = losses.token_weights(batch.b)
-        (logp_y, weighted_nll, jsd, router), backward = score_batch(model, batch, z, w, cfg.chunks)
+        (logp_y, weighted_nll, jsd, router), backward = score_batch(model, batch, z, w, cfg.chunks, cfg.recompute)
         if cfg.z_dim:
             n = assignment.shape[1]  # the last z is always that of the cell
             logp_y, logp_tile, weighted_nll = logp_y[:, :n], logp_y[:, -1], weighted_nll[:, :n]
@@ -318,11 +333,12 @@ def factorize(cfg, signals):
         log.write(json.dumps(entry) + "\n")
         bar.set_postfix_str(f"R/c {entry['normalized_reconstruction']:.3f} KL {entry['kl']:.3f} {score_name} "
                             f"{shown.get(score, 0):.3f}")
-        if (signals or (step + 1) % cfg.save_every == 0) and step + 1 < cfg.steps:
+        received = parallel.union(signals)
+        if (received or (step + 1) % cfg.save_every == 0) and step + 1 < cfg.steps:
             save_state(folder, log, cfg, step + 1, model, optimizers, posterior=q.state_dict(), c_base=c_base,
                        pool=list(pool), labels=labels, start_nll_error=start_nll_error,
                        minutes=(time.time() - start) / 60)
-            stop(signals, cfg, step + 1)
+            stop(received, cfg, step + 1)
     finish(folder, log, {
         "kind": "factorization", "version": 1, "config": dataclasses.asdict(cfg), "base": base_checkpoint,
         "model_config": vars(model.config), "model": model.state_dict(), "posterior": q.state_dict(),
@@ -332,7 +348,7 @@ def factorize(cfg, signals):
 
 
 def load_base_config(cfg):
-    return configs.load(train_base, [cfg.base, f"--threads={cfg.threads}", f"--resume={cfg.resume}"])
+    return configs.load(train_base, [cfg.base, *(f"--{key}={getattr(cfg, key)}" for key in ("threads", "device", "precision", "compile", "resume"))])
 
 
 def get_base(cfg):
@@ -380,4 +396,5 @@ def check(cfg, K):
 
 if __name__ == "__main__":
     run_folder = factorize(configs.load(sys.modules["__main__"], sys.argv[1:]))
-    evaluate.evaluate(run_folder)
+    if parallel.leave():
+        evaluate.evaluate(run_folder)

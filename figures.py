@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from parallel import seeded
 from posterior import one_to_one_matching
 from train_base import sample_ys
 
@@ -18,7 +19,7 @@ def new_figure(width, height, columns=1):
 def draw_matching(C, strategies, path):
     """Heat map of C[z, s], the share of test inputs on which forced z gives strategy s; the matching is framed."""
     figure, axis = new_figure(1.6 + 1.1 * len(strategies), 1.6 + 0.6 * len(C))
-    axis.imshow(C.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axis.imshow(C.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for k, match in enumerate(one_to_one_matching(C)[1]):
         for s in range(len(strategies)):
             axis.text(s, k, f"{C[k, s]:.2f}", ha="center", va="center", color="white" if C[k, s] > 0.6 else "black")
@@ -60,11 +61,11 @@ def draw_maps(model, task, tokenizer, xs, path, points=25):
     z = torch.cartesian_prod(side, side)
     figure, axes = new_figure(3 * len(xs), 3.2, len(xs))
     for axis, x in zip(axes, xs):
-        ys = sample_ys(model, tokenizer, len(z) * [tokenizer.prompt(x, continuous=True)], torch.Generator(), 0, z)
+        ys = sample_ys(model, tokenizer, len(z) * [tokenizer.prompt(x, continuous=True)], seeded(0), 0, z)
         found = [task.attribute(x, y) for y in ys]
         cells = torch.tensor([task.strategies.index(s) if s else len(task.strategies) for s in found])
         colours = [f"C{s}" for s in range(len(task.strategies))] + ["black"]
-        axis.imshow(cells.view(points, points).T.numpy(), origin="lower", extent=(-3, 3, -3, 3), vmin=0,
+        axis.imshow(cells.view(points, points).T.cpu().numpy(), origin="lower", extent=(-3, 3, -3, 3), vmin=0,
                     vmax=len(task.strategies), cmap=ListedColormap(colours))
         axis.set_title(" ".join(x), fontsize=9)
     figure.savefig(path, dpi=120)

@@ -10,7 +10,6 @@ Dimensions, here and in every other file:
 [4] Query-Key Normalization, arXiv 2010.04245
 """
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import parallel
+from parallel import map_pieces, seeded, sum_pieces
 from tasks import EOS, PAD, X_END, Z, Z_EMPTY, Z_END
 
 
@@ -82,6 +83,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.compiled = []  # the blocks once more, if compile() was called
         if config.z_dim:
             self.embed_z = nn.Linear(config.z_dim, config.n_embd, bias=False)  # E(z)
             self.gaussian_router = nn.Linear(config.n_embd, 2 * config.z_dim)
@@ -118,9 +120,18 @@ class GPT(nn.Module):
         states = [self.embed(ids)]
         if z is not None:
             states[0] = states[0] + (ids == Z_EMPTY)[..., None] * self.embed_z(z)[:, None]
-        for i, block in enumerate(self.blocks):
-            states.append(block(states[-1], cos, sin, mask, caches[i] if caches else None))
+        if caches:  # of sampling: in float32, and not compiled, since their length changes with every token
+            for block, cache in zip(self.blocks, caches):
+                states.append(block(states[-1], cos, sin, mask, cache))
+            return states
+        with parallel.autocast():
+            for block in self.compiled or self.blocks:
+                states.append(block(states[-1], cos, sin, mask))
         return states
+
+    def compile(self):
+        """Fuses what lies between the matrix products of a block; takes a C++ compiler, and a minute at the start."""
+        self.compiled = [torch.compile(block, dynamic=True) for block in self.blocks]
 
     def logits(self, hidden):
         """Last stream (..., C) -> next-token logits (..., V)."""
@@ -157,11 +168,11 @@ class GPT(nn.Module):
         def gradient(rows):
             piece = pairs.rows(rows)
             token_nll, _, _ = score_latents(model, piece.ids, piece.starts, torch.full((len(rows), 1), Z_EMPTY))
-            return torch.autograd.grad(token_nll.sum() / batch, weight)[0]
+            return torch.autograd.grad(token_nll.sum() / batch, weight)
 
         for step in range(steps):
             rows = torch.arange(step * batch, (step + 1) * batch) % len(pairs.ids)
-            weight.grad = sum(in_threads(gradient, rows.chunk(4)))
+            weight.grad, = sum_pieces(gradient, rows.chunk(max(4, parallel.processes)))
             weight.grad[frozen] = 0  # Adam leaves alone what never had a gradient
             optimizer.step()
         weight.grad = None
@@ -246,21 +257,6 @@ def sample(model, prompts, generator, temperature=1.0, z=None):
     return tokens[:, :t + 1], logps[:, :t + 1]
 
 
-def set_threads(n):
-    """Lets in_threads use n threads of one core each. How many changes no result by a bit."""
-    global threads
-    torch.set_num_threads(1)  # matrices as small as these gain more from a core per piece than from several on each
-    threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
-
-
-threads = ThreadPoolExecutor(1)
-
-
-def in_threads(f, *pieces):
-    """list(map(f, *pieces)), the calls side by side."""
-    return list(threads.map(f, *pieces))
-
-
 def sample_in_batches(model, prompts, generator, temperature=1.0, z=None, batch=256):
     """`sample` for any number of prompts, a batch at a time and each with a generator of its own, seeded by
     `generator`. Returns a list of (tokens (N,), logp (N,)) on the CPU, one for every prompt."""
@@ -269,11 +265,11 @@ def sample_in_batches(model, prompts, generator, temperature=1.0, z=None, batch=
 
     def run(start, seed):
         rows = slice(start, start + batch)
-        tokens, logp = sample(model, prompts[rows], torch.Generator().manual_seed(seed), temperature,
+        tokens, logp = sample(model, prompts[rows], seeded(seed), temperature,
                               None if z is None else z[rows])
         return list(zip(tokens.cpu(), logp.cpu()))
 
-    return [row for rows in in_threads(run, starts, seeds) for row in rows]
+    return [row for rows in map_pieces(run, starts, seeds) for row in rows]
 
 
 def pad(rows):
@@ -304,7 +300,7 @@ def in_pieces(f, pairs, *more, size=16):
     `more`: further tensors with a row for every pair."""
     order = pairs.by_length(math.ceil(len(pairs.ids) / size))
     f = torch.no_grad()(f)  # in the threads, which do not inherit it
-    parts = in_threads(lambda rows: f(pairs.rows(rows), *(tensor[rows] for tensor in more)), order)
+    parts = map_pieces(lambda rows: f(pairs.rows(rows), *(tensor[rows] for tensor in more)), order)
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 

@@ -16,7 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from losses import balanced_responsibilities, grouped_logsumexp, token_weights
-from model import gaussian, in_pieces, in_threads
+from model import gaussian, in_pieces
+from parallel import map_pieces, seeded, sum_pieces
 from tasks import PAD
 
 
@@ -70,11 +71,9 @@ class Posterior(nn.Module):
             return (torch.zeros_like(self.bigram_mean).index_add_(0, bigram, h),
                     torch.zeros_like(self.bigram_seen).index_add_(0, bigram, mask))
 
-        for total, seen in in_threads(sums, pairs.by_length(math.ceil(len(pairs.ids) / size))):
-            self.bigram_mean += total
-            self.bigram_seen += seen
-        self.bigram_mean /= self.bigram_seen.clamp(min=1)
-        self.bigram_seen.clamp_(max=1)
+        total, seen = sum_pieces(sums, pairs.by_length(math.ceil(len(pairs.ids) / size)))
+        self.bigram_mean.copy_(total / seen.clamp(min=1))
+        self.bigram_seen.copy_(seen.clamp(max=1))
         features = in_pieces(self.features, pairs, size=size)
         self.mean.copy_(features.mean(dim=0))
         self.std.copy_(features.std(dim=0) + 1e-6)
@@ -136,7 +135,7 @@ def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, 
     u = centred @ directions.flip(1)[:, :n_components] / variance.flip(0)[:n_components].clamp(min=1e-8).sqrt()
 
     def restart(seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         few = u[:, :int(torch.randint(12, 29, (1,), generator=generator))]
         centroids = few[torch.randint(N, (1,), generator=generator)]
         while len(centroids) < len(log_prior):
@@ -149,7 +148,7 @@ def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, 
             t, scatter = constrained_kmeans(u[:, :d], centroids, 4 * [0.2], x_index, log_p, weight, log_prior)
         return scatter, t
 
-    found = in_threads(restart, torch.randint(2 ** 62, (restarts,), generator=generator).tolist())
+    found = map_pieces(restart, torch.randint(2 ** 62, (restarts,), generator=generator).tolist())
     best = min(found, key=lambda scatter_and_t: scatter_and_t[0])[1]
 
     def overlap(a, b):  # (K, K): probability of the responses that are likeliest in one cluster of a and one of b

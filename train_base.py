@@ -21,8 +21,10 @@ import torch
 from tqdm import tqdm
 
 import configs
+import parallel
 from configs import fail
-from model import GPT, GPTConfig, in_threads, pad, sample_in_batches, score_base, set_threads
+from model import GPT, GPTConfig, pad, sample_in_batches, score_base
+from parallel import in_threads, seeded, sum_pieces
 from tasks import PAD, TASK_FUNCTIONS, TASKS, Tokenizer, Y_END
 
 
@@ -50,6 +52,9 @@ class Config:
     final_eval_size: int = 2000  # the same, after training
     seed: int = 0  # of weights and data
     threads: int = 2  # CPU threads
+    device: str = "auto"  # "cuda", "mps" or "cpu"; auto: the first that is there
+    precision: str = "auto"  # of matrix products: "float32" or "bfloat16"; auto: bfloat16 on CUDA, where it is faster
+    compile: bool = False  # fuse the blocks by torch.compile: faster steps after a minute; takes a C++ compiler
     save_every: int = 500  # steps between saved states, from which an interrupted run can go on
     resume: bool = False  # go on from the last saved state, if there is one
     overwrite: bool = False  # start again in a folder that holds a run
@@ -119,7 +124,7 @@ def validate(model, task, tokenizer, mixture, size, seed):
     weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs
     nll = (weights @ score_base(model, pad(records), torch.tensor(starts)).sum(dim=1)).item()
     xs = [task.sample_input(rng, test=True) for _ in range(size)]
-    ys = sample_ys(model, tokenizer, [tokenizer.prompt(x) for x in xs], torch.Generator().manual_seed(seed))
+    ys = sample_ys(model, tokenizer, [tokenizer.prompt(x) for x in xs], seeded(seed))
     found = [task.attribute(x, y) for x, y in zip(xs, ys)]
     return {"nll": nll, "valid_trace_rate": 1 - found.count(None) / size,
             **{f"share_{s}": found.count(s) / size for s in task.strategies}, **score_answers(task, xs, ys)}
@@ -143,6 +148,8 @@ def sample_ys(model, tokenizer, prompts, generator, temperature=1.0, z=None):
 
 def write(path, fill):
     """Writes a file atomically: what stood at `path` is replaced only by all that `fill(file)` writes, safe on disk."""
+    if parallel.rank:
+        return
     try:
         with open(path + ".tmp", "wb") as f:
             fill(f)
@@ -171,7 +178,7 @@ def interruptible(train):
         signals = []
 
         def note(number, frame):
-            if signals:
+            if signals and parallel.processes == 1:  # torchrun repeats a signal at once
                 sys.exit(128 + number)
             signals.append(number)
             os.write(2, b"stopping after the next step; once more: at once\n")
@@ -211,6 +218,9 @@ def open_run(cfg, state):
     """Makes the folder out/<name>, or takes it back to where the state was saved; returns it and the log file."""
     folder = os.path.join("out", cfg.name)
     log_path, state_path = os.path.join(folder, "log.jsonl"), os.path.join(folder, "state.pt")
+    parallel.barrier()  # until every process has seen what was there
+    if parallel.rank:
+        return folder, open(os.devnull, "a")
     os.makedirs(folder, exist_ok=True)
     if not state and os.path.exists(state_path):  # of the run that is overwritten
         os.remove(state_path)
@@ -240,7 +250,7 @@ def restore(state, model, optimizers):
 
 
 def stop(signals, cfg, step):
-    """Ends the program after `step` steps, if a signal asked for it."""
+    """Ends the program after `step` steps, if a signal asked any process for it."""
     if signals:
         print(f"{cfg.name}: stopped after step {step} of {cfg.steps}; the same command with --resume=True goes on",
               flush=True)
@@ -251,8 +261,9 @@ def finish(folder, log, checkpoint):
     """The run is complete: its checkpoint takes the place of the state to go on from."""
     log.close()
     save(os.path.join(folder, "ckpt.pt"), checkpoint)
-    if os.path.exists(os.path.join(folder, "state.pt")):
+    if parallel.rank == 0 and os.path.exists(os.path.join(folder, "state.pt")):
         os.remove(os.path.join(folder, "state.pt"))
+    parallel.barrier()  # until the checkpoint is there for every process
 
 
 def load_checkpoint(path, kind):
@@ -260,7 +271,7 @@ def load_checkpoint(path, kind):
     if not os.path.exists(path):
         fail(f"checkpoint '{path}' does not exist")
     try:
-        checkpoint = torch.load(path, weights_only=True)
+        checkpoint = torch.load(path, map_location=torch.get_default_device(), weights_only=True)
     except Exception as e:  # truncated, not a checkpoint, or holding something other than tensors and plain types
         fail(f"checkpoint '{path}' cannot be read ({type(e).__name__}): truncated, or no checkpoint")
     got = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
@@ -316,7 +327,7 @@ def train(cfg, signals):
             fail(f"config key '{key}' must be at least 1, got {getattr(cfg, key)}")
     if cfg.n_embd % (2 * cfg.n_head):
         fail(f"config key 'n_embd' ({cfg.n_embd}) must be an even multiple of n_head ({cfg.n_head})")
-    set_threads(cfg.threads)
+    parallel.start(cfg.threads, cfg.device, cfg.precision)
     torch.manual_seed(cfg.seed)
     task = make_task(cfg.task, cfg.task_sizes)
     tokenizer = Tokenizer(task.vocab)
@@ -330,6 +341,8 @@ def train(cfg, signals):
         fail(f"config key 'batch_size' must hold one record of each strategy, at least {len(mixture)}")
     weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs  # of the records of a batch
     model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
+    if cfg.compile:
+        model.compile()
     parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
     check_lengths(record_batch(task, tokenizer, mixture, random.Random(0), 500, test=False)[0], cfg.block_size)
     state = find_state(cfg)
@@ -353,13 +366,13 @@ def train(cfg, signals):
         def gradient(rows):
             ids, first = pad([records[i] for i in rows]), torch.tensor([starts[i] for i in rows])
             nll = weights[rows] @ score_base(model, ids, first).sum(dim=1)
-            return nll.item(), torch.autograd.grad(nll, parameters)
+            return nll.detach(), *torch.autograd.grad(nll, parameters)
 
-        nlls, gradients = zip(*in_threads(gradient, order.chunk(cfg.chunks)))
-        loss = sum(nlls)  # nats a sequence, to compare with the floor
-        for parameter, *pieces in zip(parameters, *gradients):
-            parameter.grad = sum(pieces)
-        check_finite(torch.tensor(loss), parameters, step, {"cross-entropy": (1.0, torch.tensor(loss))}, folder)
+        nll, *gradients = sum_pieces(gradient, order.chunk(max(cfg.chunks, parallel.processes)))
+        for parameter, total in zip(parameters, gradients):
+            parameter.grad = total
+        loss = nll.item()  # nats a sequence, to compare with the floor
+        check_finite(nll, parameters, step, {"cross-entropy": (1.0, nll)}, folder)
         in_threads(lambda optimizer: optimizer.step(), optimizers)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             size = cfg.final_eval_size if step + 1 == cfg.steps else cfg.eval_size
@@ -373,9 +386,10 @@ def train(cfg, signals):
                       f"{scores['minutes'] * (cfg.steps / (step + 1) - 1):.1f} min left", flush=True)
         if scores:
             bar.set_postfix_str(f"loss {loss:.3f} floor {floor:.3f} valid traces {scores['valid_trace_rate']:.3f}")
-        if (signals or (step + 1) % cfg.save_every == 0) and step + 1 < cfg.steps:
+        received = parallel.union(signals)
+        if (received or (step + 1) % cfg.save_every == 0) and step + 1 < cfg.steps:
             save_state(folder, log, cfg, step + 1, model, optimizers, minutes=(time.time() - start) / 60)
-            stop(signals, cfg, step + 1)
+            stop(received, cfg, step + 1)
     write_result(folder, dataclasses.asdict(cfg), scores)
     finish(folder, log, {
         "kind": "base", "version": 1, "config": dataclasses.asdict(cfg), "model_config": vars(model.config),

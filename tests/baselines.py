@@ -20,7 +20,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import configs
 import evaluate
 import factorize
-from model import in_pieces, set_threads
+import parallel
+from model import in_pieces
 from posterior import Posterior, cluster_responses, one_to_one_matching
 from tasks import Tokenizer
 
@@ -59,7 +60,7 @@ def kmeans(u, K, generator, restarts=20, iterations=100):
 
 
 def clusters(cfg):
-    set_threads(cfg.threads)
+    parallel.start(cfg.threads)
     base, task, _ = factorize.get_base(cfg)
     tokenizer, K = Tokenizer(task.vocab), len(task.strategies)
     n, generator = cfg.cluster_responses, torch.Generator().manual_seed(cfg.seed)

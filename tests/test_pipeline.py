@@ -185,7 +185,8 @@ def test_tiling_shares_the_whole_prior_out_and_every_pair_gets_a_z_of_its_cell()
     assert not torch.equal(z, factorize.tile(q, None, cfg, 8, prior.log())[2])
 
 
-def test_the_gradient_in_pieces_is_that_of_the_whole_batch(workplace):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_gradient_in_pieces_is_that_of_the_whole_batch(workplace, recompute):
     """Pieces of three lengths, scored and differentiated side by side, against one pass and one backward()."""
     cfg = configs.load(factorize, SHORT)
     base, task, _ = factorize.get_base(cfg)
@@ -199,7 +200,7 @@ def test_the_gradient_in_pieces_is_that_of_the_whole_batch(workplace):
     def objective(logp_y, jsd, router_logits):
         return (logp_y.sum(dim=1) * example).sum() + jsd @ example - (example @ router_logits).square().mean()
 
-    (logp_y, _, jsd, router_logits), backward = factorize.score_batch(model, pairs, z, w, chunks=3)
+    (logp_y, _, jsd, router_logits), backward = factorize.score_batch(model, pairs, z, w, 3, recompute)
     objective(logp_y, jsd, router_logits).backward()
     backward()
     got = [p.grad.clone() for p in model.parameters()]

@@ -1,0 +1,134 @@
+"""Where the work runs: threads of a process, processes of a run, and the device.
+
+    torchrun --standalone --nproc_per_node=2 factorize.py configs/sorting_discrete.py --threads=1
+
+A batch is cut into pieces. Of n processes, each takes every n-th piece, and its threads work through them side by side;
+then all processes share what they found. So every process holds the same weights and the same numbers of the whole batch:
+labels and losses that are statements about a batch never see a part of it. Files and lines come from process 0 alone.
+"""
+import contextlib
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+
+from configs import fail
+
+rank, processes = 0, 1  # which process this is, of how many
+threads = ThreadPoolExecutor(1)
+bfloat16 = False  # matrix products of training, not those of sampling
+
+
+def start(n_threads, device="auto", precision="float32"):
+    """Takes threads of one core each and a device into use, and joins the other processes if torchrun started some. How
+    many threads there are changes no result by a bit."""
+    global rank, processes, threads, bfloat16
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [kind for kind in there if there[kind]]
+    device = here[0] if device == "auto" else device
+    if device not in here:
+        fail(f"config key 'device' is 'auto' or, on this machine, {' or '.join(here)}; got '{device}'")
+    if precision not in ("auto", "float32", "bfloat16"):
+        fail(f"config key 'precision' is 'auto', 'float32' or 'bfloat16'; got '{precision}'")
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and device == "cuda")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+
+    def set_up_thread():
+        torch.set_num_threads(1)  # matrices as small as these gain more from a core per piece than from several on each
+        if device != "cpu":  # a default is of one thread only; so every tensor that is made stands on the device
+            torch.set_default_device(device)
+
+    set_up_thread()
+    threads = ThreadPoolExecutor(n_threads, initializer=set_up_thread)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        rank, processes = dist.get_rank(), dist.get_world_size()
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+
+
+def leave():
+    """Parts from the other processes; True where the work that is left, for one process, goes on."""
+    global processes
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+        os.environ.pop("WORLD_SIZE")  # what starts again, starts alone
+        processes = 1
+    return rank == 0
+
+
+def seeded(seed):
+    """A torch.Generator on the device that tensors are made on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def autocast():
+    """The context of matrix products while training."""
+    if not bfloat16:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.get_default_device().type, torch.bfloat16)
+
+
+def in_threads(f, *pieces):
+    """list(map(f, *pieces)), the calls side by side."""
+    return list(threads.map(f, *pieces))
+
+
+def mine(pieces):
+    """This process's share of the pieces."""
+    return pieces[rank::processes]
+
+
+def gather(found):
+    """What was found for all pieces, in their order, from what every process found for its own."""
+    if processes == 1:
+        return found
+    everyone = [None] * processes
+    dist.all_gather_object(everyone, found)
+    return [everyone[i % processes][i // processes] for i in range(sum(map(len, everyone)))]
+
+
+def map_pieces(f, *pieces):
+    """list(map(f, *pieces)), shared out among processes and threads. Results carry no gradient."""
+    return gather(in_threads(f, *map(mine, pieces)))
+
+
+def sum_pieces(f, *pieces):
+    """The sums of f's results, tuples of tensors, over all pieces; shared out among processes and threads."""
+    return add_up(in_threads(f, *map(mine, pieces)))
+
+
+def add_up(parts):
+    """parts: for each piece of this process a tuple of tensors, or None in the place of one. Their sums over the pieces
+    of all processes, in double precision: so the order, which the number of processes changes, changes no result."""
+    if not parts:
+        fail(f"a batch falls into fewer pieces than there are processes ({processes}): choose another batch_size or chunks")
+    wide = torch.float32 if torch.get_default_device().type == "mps" else torch.float64  # which mps has not
+
+    def total(first, *rest):
+        if first is None:
+            return None
+        result = first.to(wide, copy=True)
+        for tensor in rest:
+            result += tensor
+        if processes > 1:
+            dist.all_reduce(result)
+        return result.to(first.dtype)
+
+    return [total(*tensors) for tensors in zip(*parts)]
+
+
+def union(found):
+    """The elements that any process has found."""
+    return sorted({each for part in gather([found]) for each in part})
+
+
+def barrier():
+    """Waits until every process is here."""
+    if processes > 1:
+        dist.barrier()

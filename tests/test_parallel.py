@@ -1,0 +1,112 @@
+"""Threads, processes and devices change where the work runs, and not what comes out."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import configs
+import factorize
+import parallel
+from conftest import ROOT
+from tasks import SPECIALS
+from model import GPT, GPTConfig, sample
+
+SMALL = ["--steps=5", "--held_steps=2", "--responsibility_steps=2", "--eval_every=5", "--pool_size=64", "--slot_steps=2",
+         "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--eval_inputs=4", "--eval_samples=2",
+         "--look_inputs=4", "--chunks=4", "--router_marginal_kl_weight=0.3", "--seed=1"]
+
+
+def run_of(folder):
+    """(log entries without the clock, weights) of a run, its posterior's and its base's among them."""
+    with open(folder / "log.jsonl") as f:
+        log = [{key: value for key, value in json.loads(line).items() if key != "minutes"} for line in f]
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    return log, {**checkpoint["model"], **checkpoint["posterior"],
+                 **{f"base {key}": value for key, value in checkpoint["base"]["model"].items()}}
+
+
+@pytest.mark.parametrize("z", ["--z_dim=0", "--z_dim=2"])
+def test_two_processes_equal_one(tmp_path, monkeypatch, z):
+    """Five steps of a base, then five of its factorization through all stages: losses and weights agree to 1e-5. The
+    responsibilities, and the marginal of the router, are those of all pairs, wherever they were scored."""
+    with open(tmp_path / "base.py", "w") as f:
+        f.write('task = "grid_pathfinding"\ntask_sizes = {"side": 8, "max_distance": 3}\nn_layer = 2\nn_head = 2\n'
+                'n_embd = 32\nblock_size = 48\nsteps = 5\nwarmup = 0\nbatch_size = 24\nchunks = 4\nfinal_eval_size = 16\n')
+    with open(tmp_path / "run.py", "w") as f:
+        f.write('base = "base.py"\nbatch_size = 32\n')
+    monkeypatch.chdir(tmp_path)
+    command = [os.path.join(ROOT, "factorize.py"), "run.py", *SMALL, z]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           *command, "--threads=1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run step 5/5") == 1 and done.stdout.count("wrote out/run/metrics.json") == 1
+    log, weights = run_of(tmp_path / "out" / "run")
+    os.rename(tmp_path / "out", tmp_path / "of two")
+    factorize.factorize(configs.load(factorize, command[1:]))
+    log_of_one, weights_of_one = run_of(tmp_path / "out" / "run")
+    for entry, entry_of_one in zip(log, log_of_one, strict=True):
+        assert entry == pytest.approx(entry_of_one, abs=1e-5)
+    for name, weight in weights_of_one.items():
+        assert torch.allclose(weights[name], weight, rtol=0, atol=1e-5), name
+
+
+def test_shares_of_all_processes_make_up_the_pieces(monkeypatch):
+    """Every piece is some process's, none is two's, and gather puts results back in the order of the pieces."""
+    pieces, processes = list(range(7)), 3
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(parallel, "rank", rank)
+        monkeypatch.setattr(parallel, "processes", processes)
+        shares.append(parallel.mine(pieces))
+    assert sorted(sum(shares, [])) == pieces
+    monkeypatch.setattr(parallel.dist, "all_gather_object", lambda everyone, found: everyone.__setitem__(
+        slice(None), shares))
+    assert parallel.gather(shares[0]) == pieces
+
+
+def test_sums_do_not_depend_on_their_order():
+    """In single precision (1e8 + 1) - 1e8 is 0, in double precision 1."""
+    parts = [(torch.tensor([1e8]), None), (torch.tensor([1.0]), None), (torch.tensor([-1e8]), None)]
+    assert parallel.add_up(parts)[0].item() == parallel.add_up(parts[::-1])[0].item() == 1
+    assert parallel.add_up(parts)[1] is None and parts[0][0].item() == 1e8
+
+
+def small_gpt():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(len(SPECIALS) + 8, block_size=24, n_layer=2, n_head=2, n_embd=32))
+    return model, torch.randint(len(SPECIALS), len(SPECIALS) + 8, (3, 12))
+
+
+def test_bfloat16_is_close_to_float32_and_leaves_sampling_alone(monkeypatch):
+    model, ids = small_gpt()
+    exact, samples = model(ids), sample(model, ids.tolist(), parallel.seeded(0))
+    monkeypatch.setattr(parallel, "bfloat16", True)
+    rough = model(ids)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    assert torch.allclose(rough, exact, atol=0.02 * exact.abs().max().item())
+    assert all(torch.equal(a, b) for a, b in zip(samples, sample(model, ids.tolist(), parallel.seeded(0))))
+
+
+def test_compiled_blocks_compute_the_same(monkeypatch):
+    """Traced as for --compile=True, though run by the backend that needs no C++ compiler."""
+    model, ids = small_gpt()
+    loss = model(ids).square().mean()
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, backend="aot_eager", **kwargs))
+    model.compile()
+    compiled_loss = model(ids).square().mean()
+    assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for a, b in zip(want, torch.autograd.grad(compiled_loss, list(model.parameters()))):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+    assert len(model.compiled) == 2 and not any("compiled" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("flag, line", [("--device=tpu", "'device'"), ("--precision=float8", "'precision'")])
+def test_a_device_that_is_not_there_is_one_line(workplace, flag, line):
+    with pytest.raises(SystemExit) as stop:
+        factorize.factorize(configs.load(factorize, ["configs/tiny_discrete.py", "--name=nowhere", flag]))
+    assert line in str(stop.value) and not os.path.exists("out/nowhere")
