@@ -79,12 +79,14 @@ def make_optimizers(model, cfg):
     matrix has a Muon of its own, so that they can take their steps side by side."""
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.requires_grad]
     others = [p for name, p in model.named_parameters() if not name.startswith("blocks.") and p.requires_grad]
+    adamw = {"lr": cfg.adamw_lr, "betas": (0.9, 0.95), "weight_decay": cfg.weight_decay,
+             "fused": torch.get_default_device().type == "cuda"}
     if cfg.optimizer == "adamw":
-        return [torch.optim.AdamW(matrices + others, cfg.adamw_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+        return [torch.optim.AdamW(matrices + others, **adamw)]
     if cfg.optimizer != "muon":
         fail(f"config key 'optimizer' is 'muon' or 'adamw', got '{cfg.optimizer}'")
     return [*(torch.optim.Muon([matrix], cfg.lr, weight_decay=cfg.weight_decay) for matrix in matrices),
-            torch.optim.AdamW(others, cfg.adamw_lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+            torch.optim.AdamW(others, **adamw)]
 
 
 def set_lr(optimizers, fraction):
