@@ -333,14 +333,14 @@ def evaluate(folder, seed=0):
 
 
 def draw(folder, seed=0):
-    """Draws what needs more than the metrics do: what a reader asks of a run, not what a table of runs does."""
+    """Draws the figures that no metric needs, those that apply to the run, and prints their paths."""
     checkpoint, base, task, tokenizer, model, q = load_run(folder)
     set_threads(checkpoint["config"]["threads"])
-    xs = different_inputs(task, checkpoint["config"]["eval_inputs"], test=True)
+    xs, drawn = different_inputs(task, checkpoint["config"]["eval_inputs"], test=True), []
 
     def path(name):
-        print(os.path.join(folder, name), flush=True)
-        return os.path.join(folder, name)
+        drawn.append(os.path.join(folder, name))
+        return drawn[-1]
 
     if model.config.z_dim:
         all_xs, generator = [x for x in xs for _ in range(4)], torch.Generator().manual_seed(seed)
@@ -362,6 +362,7 @@ def draw(folder, seed=0):
         figures.draw_decodability(*found, path("decodability.png"))
     else:
         print("no decodability.png: too few solutions of the base follow a strategy")
+    print("\n".join(drawn))
 
 
 def show(folder, xs):
