@@ -3,6 +3,7 @@
     python evaluate.py out/sorting_discrete                     # metrics.json, result.json and figures
     python evaluate.py out/sorting_discrete --show=3            # three test inputs, the trace under every z abreast
     python evaluate.py out/sorting_discrete --x="4 2 7 1 3"     # the same for an input of your own
+    python evaluate.py out/sorting_discrete --figures           # more figures: traces, training, where the base decides
 
 Strategy names are read here and nowhere else: to say what each latent turned out to mean.
 """
@@ -19,7 +20,7 @@ import figures
 import losses
 import parallel
 from configs import fail
-from model import GPT, GPTConfig, gaussian, log_likelihood, pad, sample_pairs
+from model import GPT, GPTConfig, gaussian, in_pieces, log_likelihood, pad, sample_pairs
 from parallel import seeded
 from posterior import Posterior, one_to_one_matching
 from tasks import PAD, Tokenizer, Y_END
@@ -246,6 +247,44 @@ def look(model, q, task, tokenizer, pool, xs, seed):
             **semantics(q(pool)[0], labels, torch.arange(len(labels)), z, found, task, seed)}
 
 
+def decodability(base, task, tokenizer, xs, responses, seed):
+    """When does the base decide on a strategy? Accuracy of a linear probe of the strategy of y, from the base's hidden
+    state when it has read the first t tokens of y: `responses` samples y for each of xs, those of no strategy left out;
+    fitted on half of the inputs, scored on the others.
+
+    Returns the positions t (a list), accuracy (L + 1, len(t)) for the embedding and every layer, and chance (len(t),):
+    the share of the commonest strategy among what is scored. Position 0 is <y> itself, before anything is sampled, so a
+    base that mixes its strategies alike on every x is at chance there; if it is not, the probe has seen what it should
+    not. Positions are left out that fewer than half of the solutions reach.
+    """
+    all_xs = [x for x in xs for _ in range(responses)]
+    pairs = sample_pairs(base, [tokenizer.prompt(x) for x in all_xs], seeded(seed))
+    ys, S = solutions(tokenizer, pairs), len(task.strategies)
+    labels = indices(task, [task.attribute(x, y) for x, y in zip(all_xs, ys)])
+    length, half = torch.tensor([len(y) for y in ys]), torch.arange(len(all_xs)) // responses % 2
+
+    def reach(t):  # which solutions are compared at t
+        return (labels >= 0) & (length >= t)
+
+    enough = [t for t in range(int(length.max()) + 1)
+              if reach(t).sum() >= reach(0).sum() / 2 and half[reach(t)].bincount(minlength=2).min() >= 2 * S]
+    positions = [t for t in enough if t <= 12 or t % 4 == 0]  # strategies part early
+    place = torch.tensor(positions, dtype=torch.long)
+
+    def states(piece):  # (B, len(t), L + 1, C)
+        h = torch.stack(base.hidden_states(piece.ids), dim=2)
+        return h[torch.arange(len(h))[:, None], (piece.starts[:, None] - 1 + place).clamp(max=h.shape[1] - 1)]
+
+    h, accuracy, chance = in_pieces(states, pairs), torch.zeros(len(base.blocks) + 1, len(positions)), []
+    for i, t in enumerate(positions):
+        there = reach(t)
+        for layer in range(len(accuracy)):
+            accuracy[layer, i] = linear_probe(h[there, i, layer], labels[there], half[there], S)
+        scored = labels[there & (half == 1)]
+        chance.append(scored.bincount().max().item() / len(scored))
+    return positions, accuracy, torch.tensor(chance)
+
+
 def solutions(tokenizer, pairs):
     """The y of every pair, as tokens without </y>."""
     rows = [row[start:] for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
@@ -295,6 +334,38 @@ def evaluate(folder, seed=0):
     return metrics
 
 
+def draw(folder, seed=0):
+    """Draws the figures that no metric needs, those that apply to the run, and prints their paths."""
+    checkpoint, base, task, tokenizer, model, q = load_run(folder)
+    xs, drawn = different_inputs(task, checkpoint["config"]["eval_inputs"], test=True), []
+
+    def path(name):
+        drawn.append(os.path.join(folder, name))
+        return drawn[-1]
+
+    if model.config.z_dim:
+        all_xs, generator = [x for x in xs for _ in range(4)], seeded(seed)
+        pairs = sample_pairs(base, [tokenizer.prompt(x) for x in all_xs], generator)
+        labels = indices(task, [task.attribute(x, y) for x, y in zip(all_xs, solutions(tokenizer, pairs))])
+        z, ys = router_sampled(model, task, tokenizer, xs, 16, generator)
+        found = indices(task, [task.attribute(x, y) for x, y in zip([x for x in xs for _ in range(16)], ys)])
+        figures.draw_centroids(q(pairs)[0], labels, z.flatten(0, 1), found, task.strategies, path("centroids.png"))
+    else:
+        figures.draw_traces(base, model, task, tokenizer, xs[0], seed, path("traces.png"))
+        with open(os.path.join(folder, "log.jsonl")) as f:
+            looks = [entry for entry in map(json.loads, f) if "strategy_by_latent" in entry]
+        if looks:
+            figures.draw_dynamics(looks, task.strategies, path("dynamics.png"))
+        else:
+            print("no dynamics.png: log.jsonl says nothing about strategy_by_latent")
+    found = decodability(base, task, tokenizer, xs, 6, seed)
+    if found[0]:
+        figures.draw_decodability(*found, path("decodability.png"))
+    else:
+        print("no decodability.png: too few solutions of the base follow a strategy")
+    print("\n".join(drawn))
+
+
 def show(folder, xs):
     """Prints, for every x, the likeliest trace under every z side by side, with the strategy it follows. A continuous z
     takes the places at which the router's samples have each strategy on average, then those on the way between two."""
@@ -313,8 +384,7 @@ def show(folder, xs):
         ys = sample_ys(model, tokenizer, prompts, seeded(0), temperature=0, z=z)
         columns = [[f"{name} {task.attribute(x, y) or 'no strategy'}"] for name, y in zip(names, ys)]
         for column, y in zip(columns, ys):
-            lines = " ".join(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")
-            column += [line.strip(" ;") for line in lines]
+            column += figures.trace_lines(y)
         widths = [max(map(len, column)) for column in columns]
         print(f"\nx = {' '.join(x)}")
         for i in range(max(map(len, columns))):
@@ -356,8 +426,10 @@ def main(argv):
             show(folder, [typed_input(folder, value)])
         elif key == "--show" and value.isdigit() and int(value) > 0:
             show(folder, different_inputs(load_run(folder)[2], int(value), test=True))
+        elif flag == "--figures":
+            draw(folder)
         else:
-            fail(f"unknown or incomplete flag '{flag}'; known: --show=N, --x=\"...\"")
+            fail(f"unknown or incomplete flag '{flag}'; known: --show=N, --x=\"...\", --figures")
 
 
 if __name__ == "__main__":

@@ -323,8 +323,11 @@ def factorize(cfg, signals):
         entry["minutes"] = (time.time() - start) / 60
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             xs = evaluate.different_inputs(task, cfg.look_inputs, test=False)  # recipes are chosen by these looks
-            shown = (evaluate.look(model, q, task, tokenizer, pool, xs, seed=step) if cfg.z_dim else
-                     evaluate.controlled(model, task, tokenizer, xs, seed=step)[0])
+            if cfg.z_dim:
+                shown = evaluate.look(model, q, task, tokenizer, pool, xs, seed=step)
+            else:
+                shown, C = evaluate.controlled(model, task, tokenizer, xs, seed=step)
+                entry["strategy_by_latent"] = C.tolist()
             entry |= shown
             if bar.disable:
                 print(f"{cfg.name} step {step + 1}/{cfg.steps}: R/c {entry['normalized_reconstruction']:.3f}, KL "

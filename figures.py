@@ -1,6 +1,7 @@
 """The figures of a run, one function each; evaluate.py draws them."""
 import json
 import math
+import textwrap
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,10 @@ from posterior import one_to_one_matching
 from train_base import sample_ys
 
 
-def new_figure(width, height, columns=1):
+def new_figure(width, height, columns=1, **layout):
     from matplotlib.figure import Figure  # here, because training needs no figures
     figure = Figure((width, height), layout="constrained")
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(1, columns, **layout)
 
 
 def draw_matching(C, strategies, path):
@@ -32,24 +33,60 @@ def draw_matching(C, strategies, path):
     figure.savefig(path, dpi=120)
 
 
+def plane(means):
+    """(n, D) -> (D, min(D, 2)): the directions of their first two principal components."""
+    return torch.linalg.eigh(torch.atleast_2d(means.T.cov()))[1].flip(1)[:, :2]
+
+
+def project(points, directions):
+    """(n, D) -> (n, 2), the second coordinate 0 where z has one dimension."""
+    return F.pad(points @ directions, (0, 2 - directions.shape[1]))
+
+
+def draw_prior(axis):
+    """Circles of one and two standard deviations of N(0, I)."""
+    angle = torch.linspace(0, 2 * math.pi, 100)
+    for radius in (1, 2):
+        axis.plot((radius * angle.cos()).tolist(), (radius * angle.sin()).tolist(), color="gray", linewidth=0.8)
+    axis.set_aspect("equal")
+
+
 def draw_latent_space(means, labels, z, found, strategies, path):
     """Posterior means (n, D) of base samples of strategies `labels` (n,), and router samples z (N, D) that gave `found`
     (N,), -1 for none: the first two principal components of the means, with circles of one and two standard deviations
     of N(0, I)."""
     figure, axes = new_figure(10, 4.8, 2)
-    directions = torch.linalg.eigh(torch.atleast_2d(means.T.cov()))[1].flip(1)[:, :2]
-    angle = torch.linspace(0, 2 * math.pi, 100)
+    directions = plane(means)
     for axis, points, strategy, title in ((axes[0], means, labels, "posterior means of base samples"),
                                           (axes[1], z, found, "z from the router, by what it gives")):
-        points = F.pad(points @ directions, (0, 2 - directions.shape[1]))
+        points = project(points, directions)
         for s, name in [*enumerate(strategies), (-1, "none")]:
             axis.scatter(*points[strategy == s].T.tolist(), s=4, alpha=0.5, label=name,
                          color="black" if s < 0 else f"C{s}")
-        for radius in (1, 2):
-            axis.plot((radius * angle.cos()).tolist(), (radius * angle.sin()).tolist(), color="gray", linewidth=0.8)
+        draw_prior(axis)
         axis.set_title(title, fontsize=10)
-        axis.set_aspect("equal")
     axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_centroids(means, labels, z, found, strategies, path):
+    """The posterior-to-sampled gap: for every strategy a line from the mean of its posterior means (n, D), of base
+    samples of strategies `labels` (n,), to the mean of the router's z (N, D) that gave it (`found`, -1 for none), in
+    the plane of draw_latent_space."""
+    figure, axis = new_figure(6.6, 4.6)
+    directions = plane(means)
+    draw_prior(axis)
+    for s, name in enumerate(strategies):
+        if (labels == s).any() and (found == s).any():
+            ends = torch.stack([means[labels == s].mean(dim=0), z[found == s].mean(dim=0)])
+            ends = project(ends, directions)
+            axis.plot(*ends.T.tolist(), color=f"C{s}", linewidth=2, label=name)
+            axis.plot(*ends[0].tolist(), "o", color=f"C{s}", markersize=9)
+            axis.plot(*ends[1].tolist(), "o", color=f"C{s}", markersize=9, markerfacecolor="white", markeredgewidth=2)
+    axis.plot([], [], "ko", markersize=9, label="posterior means")
+    axis.plot([], [], "ko", markersize=9, markerfacecolor="white", markeredgewidth=2, label="z from the router")
+    axis.set_title("mean z of each strategy; circles: N(0, I)", fontsize=10)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
@@ -107,3 +144,86 @@ def draw_shares(shares, base_shares, strategies, path):
     axis.set_ylabel("share of samples")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def draw_dynamics(looks, strategies, path):
+    """Entries of the log at which alignment was looked at: alignment, coverage and their gap at each, and C[z, s]
+    at five of them, the first and the last included: the share of training inputs on which forced z gave strategy s.
+    Latents are ordered so that the last map is a diagonal where each means one strategy."""
+    n = min(5, len(looks))
+    mapped = [looks[i * (len(looks) - 1) // max(n - 1, 1)] for i in range(n)]
+    K, S = len(mapped[-1]["strategy_by_latent"]), len(strategies)
+    matching = one_to_one_matching(torch.tensor(mapped[-1]["strategy_by_latent"]))[1]
+    order = sorted(range(K), key=lambda k: S if matching[k] is None else matching[k])  # latents left over come last
+    figure, (curves, *maps) = new_figure(4 + 1.9 * n, 3, 1 + n, width_ratios=[2, *n * [1]])
+    for key, label in (("local_strategy_coverage_mean", "coverage"), ("alignment_one_to_one", "alignment"),
+                       ("permutation_gap", "permutation gap")):
+        curves.plot([entry["step"] for entry in looks], [entry[key] for entry in looks], marker=".", label=label)
+    curves.set_ylim(-0.03, 1.05)
+    curves.set_xlabel("step")
+    curves.legend(fontsize=8, loc="center right")
+    for axis, entry in zip(maps, mapped):
+        C = torch.tensor(entry["strategy_by_latent"])[order]
+        axis.imshow(C.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axis.set_xticks(range(S), strategies, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+        axis.set_yticks(range(K), [f"<z{k + 1}>" for k in order] if axis is maps[0] else K * [""], fontsize=8)
+        axis.set_title(f"step {entry['step']}", fontsize=10)
+    figure.suptitle("how z came to mean a strategy: share of training inputs on which forced z gives it", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def draw_decodability(positions, accuracy, chance, path):
+    """Accuracy (L + 1, n) of a linear probe of the strategy from the base's hidden states at n positions after <y>, a
+    line for the embedding and for every layer, and chance (n,)."""
+    figure, axis = new_figure(6.4, 3.6)
+    axis.plot(positions, chance.tolist(), color="black", linestyle="--", label="chance")
+    for layer, line in enumerate(accuracy.tolist()):
+        axis.plot(positions, line, marker=".", color=f"C{layer}", label=f"layer {layer}" if layer else "embedding")
+    axis.set_ylim(0, 1.03)
+    axis.set_xlabel("tokens of y that the base has read")
+    axis.set_title("when does the base decide? probe of the strategy, other inputs", fontsize=10)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def trace_lines(y):
+    """A solution y as lines of text, a step each."""
+    lines = " ".join(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")
+    return [line.strip(" ;") for line in lines]
+
+
+def draw_traces(base, model, task, tokenizer, x, seed, path):
+    """The idea in one picture: for one x, K independent samples of the base beside one sample under each of z1 ... zK,
+    at temperature 1 all of them, headed and coloured by the strategy that they follow."""
+    K, generator = model.config.n_latents, seeded(seed)
+    ys = sample_ys(base, tokenizer, K * [tokenizer.prompt(x)], generator)
+    ys += sample_ys(model, tokenizer, [tokenizer.prompt(x, k) for k in range(K)], generator)
+    names = [task.attribute(x, y) or "no strategy" for y in ys]
+    columns = [[part for line in trace_lines(y) for part in textwrap.wrap(line, 30)] for y in ys]
+    # places are in characters and lines of a monospaced font, from the top left corner
+    widths = [max(14, *map(len, (*column, name))) + 2 for column, name in zip(columns, names)]
+    total, bottom = sum(widths) + 2 * K + 8, max(map(len, columns)) + 7.5
+    figure, axis = new_figure(0.084 * total, 0.18 * bottom)
+    axis.set_position([0, 0, 1, 1])
+    axis.set(xlim=(0, total), ylim=(bottom + 0.5, 0))
+    axis.axis("off")
+
+    def write(left, row, text, **style):
+        axis.text(left, row, text, va="center", **{"family": "monospace", "fontsize": 10, **style})
+
+    left = 2
+    for i, (column, name, width) in enumerate(zip(columns, names, widths)):
+        left += 4 * (i == K)
+        if i in (0, K):
+            title = ("the base: whichever comes up", "the factorization: z decides")[i == K]
+            write(left, 2.7, title, family="sans-serif", fontsize=12, weight="bold")
+        colour = f"C{task.strategies.index(name)}" if name in task.strategies else "gray"
+        axis.fill_between([left, left + width], 4, bottom, color=colour, alpha=0.13, linewidth=0)
+        axis.fill_between([left, left + width], 4, 6.4, color=colour, linewidth=0)
+        for row, text in enumerate((f"sample {i + 1}" if i < K else f"<z{i - K + 1}>", name)):
+            write(left + 1, row + 4.7, text, color="white", weight="bold")
+        for row, text in enumerate(column):
+            write(left + 1, row + 7.1, text)
+        left += width + 1
+    write(2, 1, f"x = {' '.join(x)}")
+    figure.savefig(path, dpi=150)
