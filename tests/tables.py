@@ -103,11 +103,30 @@ def faults_table():
     return table(["fault", "times", "lost"], [[name, str(times), "nothing"] for name, times in tried.items()])
 
 
+def bench_table(result=None):
+    """The result of tests/bench.py; a row's name is 'what was measured: what it was measured against'."""
+    if result is None:
+        with open(os.path.join(ROOT, "assets", "results", "bench.json")) as f:
+            result = json.load(f)
+
+    def number(value):
+        return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+    rows = []
+    for name, r in result["rows"].items():
+        what, against = name.split(": ")
+        alone = r["ours"] == r["against"]  # nothing to compare with
+        rows.append([what, f"{number(r['ours'])} {r['unit']}", "" if alone else f"{against}: {number(r['against'])}",
+                     "" if alone else number(r["ratio"]),
+                     f"{number(r['min'])} to {number(r['max'])}" if r["rounds"] > 1 else "", r["bar"]])
+    return table(["what", "ours", "against", "ratio", "spread", "bar"], rows)
+
+
 def without(keys):
     return {key: title for key, title in COLUMNS.items() if key not in keys}
 
 
-TABLES = {"faults": faults_table, "base": base_table, "clusters": clusters_table,
+TABLES = {"faults": faults_table, "bench": bench_table, "base": base_table, "clusters": clusters_table,
           "discrete": lambda: runs_table("*_discrete_seed*.json", without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table("*_continuous_seed*.json", CONTINUOUS),
           "ablations": lambda: runs_table("ablations/*.json", without(NOT_IN_ABLATIONS))}
