@@ -139,10 +139,11 @@ def score_batch(model, batch, z, w, chunks, recompute=False):
     Returns [logp_y (B, n), weighted_nll (B, n), jsd (B,), router (B, V) or (B, 2 D)] and a function `backward`. Pieces of
     similar length are scored side by side. The objective is about the whole batch, so its gradient is taken in two
     steps: objective.backward() stops at what is returned here, and `backward` goes on from there into the model. With
-    `recompute` nothing is kept between the two but what is returned, and the pieces are scored once more: memory is that
-    of the pieces in work.
+    `recompute` nothing is kept between the two but what is returned, and pieces of one pair are scored once more: memory
+    is that of the pairs in work.
     """
-    order, parameters = batch.by_length(max(chunks, parallel.processes)), list(model.parameters())
+    n_pieces = len(batch.ids) if recompute else max(chunks, parallel.processes)
+    order, parameters = batch.by_length(n_pieces), list(model.parameters())
     back = torch.cat(order).argsort()
     mine = parallel.mine(order)  # the pieces of this process
     zs = [z[rows].detach().requires_grad_(z.requires_grad) for rows in mine]

@@ -191,17 +191,25 @@ def gaussian(raw):
 
 
 class KVCache:
-    """Keys and values of one layer, written in place: (B, nh, room, hs) each."""
+    """Keys and values of one layer, written in place: (B, nh, room, hs) each. The room doubles when it is used up."""
 
-    def __init__(self, batch, room, config, like):
-        shape = (batch, config.n_head, room, config.n_embd // config.n_head)
-        self.k, self.v, self.length = like.new_zeros(shape), like.new_zeros(shape), 0
+    def __init__(self):
+        self.k = self.v = None
+        self.length = 0
 
     def append(self, k, v):
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        start, self.length = self.length, self.length + k.shape[2]
+        if start == 0 or self.length > self.k.shape[2]:
+            self.k, self.v = self.with_room(self.k, k), self.with_room(self.v, v)
+        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+    def with_room(self, old, new):
+        B, nh, _, hs = new.shape
+        room = new.new_empty(B, nh, 2 * self.length, hs)
+        if old is not None:
+            room[:, :, :old.shape[2]] = old
+        return room
 
     def keep(self, rows):
         self.k, self.v = self.k[rows], self.v[rows]
@@ -226,7 +234,7 @@ def sample(model, prompts, generator, temperature=1.0, z=None):
     assert room > 0, f"prompt of {longest} tokens leaves no room in block_size {config.block_size}"
     tokens = torch.full((len(prompts), room), PAD, device=device)
     logps = torch.zeros(len(prompts), room, device=device)
-    caches = [KVCache(len(prompts), longest + room, config, model.embed.weight) for _ in model.blocks]
+    caches = [KVCache() for _ in model.blocks]
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the shrinking batch belongs to
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows that have not sampled <eos> yet
     real = ids != PAD  # (B, columns): the keys that may be attended to

@@ -10,7 +10,6 @@ Weights are untrained where only time counts. Without transformers, which nothin
 import contextlib
 import copy
 import dataclasses
-import inspect
 import io
 import json
 import math
@@ -32,7 +31,9 @@ sys.path.insert(0, ROOT)
 import configs
 import factorize
 import losses
-from model import GPT, GPTConfig, Pairs, in_threads, pad, sample_in_batches, score_base, set_threads
+import parallel
+from model import GPT, GPTConfig, Pairs, pad, sample_in_batches, score_base
+from parallel import in_threads, sum_pieces
 from posterior import Posterior
 from tables import bench_table
 from tasks import BOS, EOS, PAD, SPECIALS, TASKS, Tokenizer
@@ -75,7 +76,7 @@ def row(ours, against, bar, unit="s", amount=None):
 
 
 def on_cores(n, f):
-    """f() with n cores for every operation: set_threads left one, which is not how others use torch."""
+    """f() with n cores for every operation: parallel.start left one, which is not how others use torch."""
     torch.set_num_threads(n)
     result = f()
     torch.set_num_threads(1)
@@ -167,19 +168,26 @@ def records(n, length):
     return Pairs(pad(ids), torch.tensor(starts), torch.zeros(n, length))
 
 
-def base_gradient(model, pairs, autocast=False):
+def base_gradient(model, pairs):
     """The gradient of train_base.py, pieces side by side, without the optimizer; returns the number of records."""
     parameters = list(model.parameters())
 
     def gradient(rows):
         piece = pairs.rows(rows)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # here, since threads do not inherit it
-            nll = score_base(model, piece.ids, piece.starts).sum() / len(pairs.ids)
+        nll = score_base(model, piece.ids, piece.starts).sum() / len(pairs.ids)
         return torch.autograd.grad(nll, parameters)
 
-    for parameter, *pieces in zip(parameters, *in_threads(gradient, pairs.by_length(CHUNKS))):
-        parameter.grad = sum(pieces)
+    for parameter, total in zip(parameters, sum_pieces(gradient, pairs.by_length(CHUNKS))):
+        parameter.grad = total
     return len(pairs.ids)
+
+
+def with_autocast(model, pairs):
+    """base_gradient as --precision=bfloat16 has it."""
+    parallel.bfloat16 = True
+    n = base_gradient(model, pairs)
+    parallel.bfloat16 = False
+    return n
 
 
 def products_alone(model, pairs):
@@ -204,7 +212,7 @@ def bench_base(size, rows):
     pairs, model = records(128, 64), GPT(GPTConfig(len(TOKENIZER), **SIZES[size]))
     half = copy.deepcopy(model).to(torch.bfloat16)
     alternatives = {"ours": lambda: base_gradient(model, pairs), "products": products_alone(model, pairs),
-                    "bfloat16 autocast": lambda: base_gradient(model, pairs, autocast=True),
+                    "bfloat16 autocast": lambda: with_autocast(model, pairs),
                     "a copy in bfloat16": lambda: base_gradient(half, pairs)}
     if transformers:
         theirs = gpt2(model).train()
@@ -225,13 +233,13 @@ def bench_base(size, rows):
         rows[f"{name}, {size}: float32"] = row(seconds[name], ours, ">= 1.4", "records/s", n)
 
 
-def elbo_gradient(model, q, batch, cfg, c_base=1.0, **option):
+def elbo_gradient(model, q, batch, cfg, c_base=1.0, recompute=False):
     """The gradient of factorize.py in its last stage, the terms that have a weight by default; returns how many records
     go through a model: K a pair through the generator, and one, without gradient, through the posterior."""
     logq = q(batch)  # (B, K)
     n, n_latents = logq.shape
     z, w = torch.arange(n_latents).expand(n, -1), losses.token_weights(batch.b)
-    (logp_y, _, _, router), backward = factorize.score_batch(model, batch, z, w, cfg.chunks, **option)
+    (logp_y, _, _, router), backward = factorize.score_batch(model, batch, z, w, cfg.chunks, recompute)
     J = (losses.reconstruction(logp_y, logq).mean() / c_base
          + cfg.beta * losses.categorical_kl(logq, F.log_softmax(router[:, -n_latents:], dim=1)).mean()
          + cfg.router_support_weight * losses.router_support(router, n_latents).mean())
@@ -306,19 +314,19 @@ def print_memory(n_latents, length, recompute):
     batch = Pairs(ids, torch.full((cfg.batch_size,), 10), torch.ones(ids.shape))
     model, q = GPT(GPTConfig(V + n_latents, n_latents)), Posterior(GPT(GPTConfig(V)), n_latents)
     before = most()
-    elbo_gradient(model, q, batch, cfg, **({"recompute": True} if recompute else {}))
+    elbo_gradient(model, q, batch, cfg, recompute=bool(recompute))
     print(most() - before)
 
 
 def bench_memory(rows):
     """A fresh process for every number."""
-    options = [0, 1] if "recompute" in inspect.signature(factorize.score_batch).parameters else [0]
     for n_latents in (5, 16, 32):
         for length in (64, 128):
-            grown = [float(subprocess.run([sys.executable, __file__, "memory", *map(str, (n_latents, length, option))],
-                                          check=True, stdout=subprocess.PIPE).stdout) for option in options]
-            rows[f"memory of an ELBO gradient, K = {n_latents}, {length} tokens: nothing recomputed"] = row(
-                grown[-1:], grown[:1], "ours <= 4 GiB" if n_latents == 32 else "", "GiB")
+            kept, recomputed = ([float(subprocess.run(
+                [sys.executable, __file__, "memory", *map(str, (n_latents, length, recompute))], check=True,
+                stdout=subprocess.PIPE).stdout)] for recompute in (0, 1))
+            rows[f"memory, K = {n_latents}, {length} tokens, --recompute=True: without"] = row(
+                recomputed, kept, "ours <= 4 GiB" if n_latents == 32 else "", "GiB")
 
 
 def machine():
@@ -343,7 +351,7 @@ def main(config="configs/sorting_discrete.py"):
 
 
 if __name__ == "__main__":
-    set_threads(THREADS)
+    parallel.start(THREADS, "cpu")
     if sys.argv[1:2] == ["memory"]:
         print_memory(*map(int, sys.argv[2:]))
     else:
