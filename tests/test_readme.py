@@ -6,7 +6,13 @@ import subprocess
 import pytest
 
 import configs
+import evaluate
 import factorize
+import losses
+import model
+import parallel
+import posterior
+import tasks
 import train_base
 from conftest import ROOT
 from tables import filled
@@ -29,12 +35,31 @@ def test_the_file_map_names_every_file_at_the_top_and_no_other():
 
 
 def test_every_command_names_files_and_keys_that_exist():
-    """Every `python ...` line: its config loads with its flags; its scripts exist."""
-    commands = re.findall(r"python (train_base|factorize)\.py (configs/\S+\.py)((?: --\w+=[^\s`]+)*)", README)
-    assert commands
+    """Every `python ...` or `torchrun ...` line: its config loads with its flags; its scripts and options exist."""
+    commands = re.findall(r"(?:python|torchrun[^`\n]*) (train_base|factorize)\.py (configs/\S+\.py)"
+                          r"((?: --\w+=[^\s`]+)*)", README)
+    assert len({script for script, _, _ in commands}) == 2 and README.count("torchrun --standalone") > 0
     for script, path, flags in commands:
         module = {"train_base": train_base, "factorize": factorize}[script]
         configs.load(module, [os.path.join(ROOT, path), *flags.split()])
+    for path in re.findall(r"python (tests/\S+\.py|evaluate\.py)", README):
+        assert os.path.exists(os.path.join(ROOT, path)), path
+    known = set(re.findall(r"--\w+", evaluate.__doc__))
+    assert set(re.findall(r"evaluate\.py \S+ (--\w+)", README)) == known
+
+
+def test_every_function_that_the_text_names_exists():
+    """`losses.categorical_kl`, `model.GPT.with_latents` and so on; every term of the objective has its function."""
+    modules = [evaluate, factorize, losses, model, parallel, posterior, tasks, train_base]
+    named = re.findall(rf"`({'|'.join(module.__name__ for module in modules)})\.((?!py\b)[\w.]+)`", README)
+    for module, path in named:
+        found = next(each for each in modules if each.__name__ == module)
+        for name in path.split("."):
+            assert hasattr(found, name), f"README names {module}.{path}"
+            found = getattr(found, name)
+    terms = {name for name, f in vars(losses).items() if getattr(f, "__module__", "") == "losses"}
+    helpers = {"expected", "token_weights", "grouped_logsumexp", "distillation"}
+    assert terms - helpers <= {path for module, path in named if module == "losses"}
 
 
 def test_every_config_loads_and_opens_with_its_command():
@@ -51,7 +76,6 @@ def test_every_config_loads_and_opens_with_its_command():
 def test_every_logged_number_is_explained(workplace, z):
     """Each key of log.jsonl and metrics.json has a row, or is covered by a row with a <placeholder>, in the README."""
     import json
-    import evaluate
     folder = factorize.factorize(configs.load(factorize, [
         "configs/tiny_discrete.py", "--name=logged", "--overwrite=True", z, "--steps=2", "--held_steps=1",
         "--responsibility_steps=1", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2",
