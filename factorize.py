@@ -352,7 +352,8 @@ def factorize(cfg, signals):
 
 
 def load_base_config(cfg):
-    return configs.load(train_base, [cfg.base, *(f"--{key}={getattr(cfg, key)}" for key in ("threads", "device", "precision", "compile", "resume"))])
+    shared = ("threads", "device", "precision", "compile", "resume")
+    return configs.load(train_base, [cfg.base, *(f"--{key}={getattr(cfg, key)}" for key in shared)])
 
 
 def get_base(cfg):

@@ -400,3 +400,4 @@ def train(cfg, signals):
 
 if __name__ == "__main__":
     train(configs.load(sys.modules["__main__"], sys.argv[1:]))
+    parallel.leave()
