@@ -136,11 +136,11 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
 def score_batch(model, batch, z, w, chunks, recompute=False):
     """Everything the objective needs of the generator; z (B, n), or (B, n, D), to score; w (B, T) token weights.
 
-    Returns [logp_y (B, n), weighted_nll (B, n), jsd (B,), router (B, V) or (B, 2 D)] and a function `backward`. Pieces of
-    similar length are scored side by side. The objective is about the whole batch, so its gradient is taken in two
+    Returns [logp_y (B, n), weighted_nll (B, n), jsd (B,), router (B, V) or (B, 2 D)] and a function `backward`. Pieces
+    of similar length are scored side by side. The objective is about the whole batch, so its gradient is taken in two
     steps: objective.backward() stops at what is returned here, and `backward` goes on from there into the model. With
-    `recompute` nothing is kept between the two but what is returned, and pieces of one pair are scored once more: memory
-    is that of the pairs in work.
+    `recompute` nothing is kept between the two but what is returned, and pieces of one pair are scored once more:
+    memory is that of the pairs in work.
     """
     n_pieces = len(batch.ids) if recompute else max(chunks, parallel.processes)
     order, parameters = batch.by_length(n_pieces), list(model.parameters())
@@ -182,8 +182,8 @@ def tile(q, pool, cfg, step, log_prior):
     """Labels of a pool where z is continuous: mean and log variance of the posterior, and a z ~ N(0, I), (N, D) each.
 
     Draws of z are shared out among the corners, where the clusters began, as responsibilities are among latents: each
-    to a corner that is near, to each corner its share of the prior. A pair gets a draw of the corner that its posterior is
-    nearest to. So the whole space is taken, in K cells that are the same for every x.
+    to a corner that is near, to each corner its share of the prior. A pair gets a draw of the corner that its posterior
+    is nearest to. So the whole space is taken, in K cells that are the same for every x.
     """
     mean, log_var = q(pool)
     generator = seeded(cfg.seed * 10**6 + step)
@@ -227,8 +227,8 @@ def factorize(cfg, signals):
         model = base.with_latents(n_tokens, slot_pairs, cfg.slot_steps, z_dim=cfg.z_dim)
         start_nll_error = compare_to_base(model, other_pairs)
         what = f"a latent in {cfg.z_dim} dimensions" if cfg.z_dim else f"{K} latents"
-        print(f"{cfg.name}: {what} for {task.name}, base at {c_base:.3f} nats a solution; inserted, this changes by at most "
-              f"{start_nll_error:.1%}", flush=True)
+        print(f"{cfg.name}: {what} for {task.name}, base at {c_base:.3f} nats a solution; inserted, this changes by at "
+              f"most {start_nll_error:.1%}", flush=True)
     q = Posterior(base, K, cfg.posterior, cfg.z_dim)
     optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
     if state:

@@ -147,8 +147,8 @@ class GPT(nn.Module):
         return self.logits(self.hidden_states(ids, **kwargs)[-1])
 
     def with_latents(self, n_latents, pairs, steps, batch=32, lr=0.01, z_dim=0):
-        """A copy of this model whose vocabulary ends in n_latents new tokens, or which takes a vector z of size z_dim at
-        <z_empty>, at the base's distribution.
+        """A copy of this model whose vocabulary ends in n_latents new tokens, or which takes a vector z of size z_dim
+        at <z_empty>, at the base's distribution.
 
         Three embeddings, of '<z> z </z>' with <z_empty> as z, start as a small copy of that of </x> and are fitted so
         that samples `pairs` (Pairs) of this model stay as likely as they are without the section; nothing else changes.

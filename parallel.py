@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node=2 factorize.py configs/sorting_discrete.py --threads=1
 
-A batch is cut into pieces. Of n processes, each takes every n-th piece, and its threads work through them side by side;
-then all processes share what they found. So every process holds the same weights and the same numbers of the whole batch:
-labels and losses that are statements about a batch never see a part of it. Files and lines come from process 0 alone.
+A batch is cut into pieces. Of n processes, each takes every n-th piece, and its threads work through them side by
+side; then all processes share what they found. So every process holds the same weights and the same numbers of the
+whole batch: labels and losses that are statements about a batch never see a part of it. Process 0 alone writes.
 """
 import contextlib
 import os
@@ -107,7 +107,7 @@ def add_up(parts):
     """parts: for each piece of this process a tuple of tensors, or None in the place of one. Their sums over the pieces
     of all processes, in double precision: so the order, which the number of processes changes, changes no result."""
     if not parts:
-        fail(f"a batch falls into fewer pieces than there are processes ({processes}): choose another batch_size or chunks")
+        fail(f"a batch falls into fewer pieces than there are processes ({processes}): raise batch_size or chunks")
     wide = torch.float32 if torch.get_default_device().type == "mps" else torch.float64  # which mps has not
 
     def total(first, *rest):

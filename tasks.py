@@ -51,8 +51,8 @@ class Tokenizer:
         return tokens
 
     def prompt(self, x, latent=None, continuous=False):
-        """Ids of the canonical prompt <bos> <x> ... </x> <y>, or the generator's: <bos> <x> ... </x> <z> z </z> <y>, with
-        <z_empty> as z where latents are continuous."""
+        """Ids of the canonical prompt <bos> <x> ... </x> <y>, or the generator's: <bos> <x> ... </x> <z> z </z> <y>,
+        with <z_empty> as z where latents are continuous."""
         z = Z_EMPTY if continuous else None if latent is None else self.first_latent + latent
         section = [] if z is None else [Z, z, Z_END]
         return [BOS, X, *self.encode(x), X_END, *section, Y]

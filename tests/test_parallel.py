@@ -14,9 +14,9 @@ from conftest import ROOT
 from tasks import SPECIALS
 from model import GPT, GPTConfig, sample
 
-SMALL = ["--steps=5", "--held_steps=2", "--responsibility_steps=2", "--eval_every=5", "--pool_size=64", "--slot_steps=2",
-         "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--eval_inputs=4", "--eval_samples=2",
-         "--look_inputs=4", "--chunks=4", "--router_marginal_kl_weight=0.3", "--seed=1"]
+SMALL = ["--steps=5", "--held_steps=2", "--responsibility_steps=2", "--eval_every=5", "--pool_size=64",
+         "--slot_steps=2", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--eval_inputs=4",
+         "--eval_samples=2", "--look_inputs=4", "--chunks=4", "--router_marginal_kl_weight=0.3", "--seed=1"]
 
 
 def run_of(folder):
@@ -34,7 +34,8 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, z):
     responsibilities, and the marginal of the router, are those of all pairs, wherever they were scored."""
     with open(tmp_path / "base.py", "w") as f:
         f.write('task = "grid_pathfinding"\ntask_sizes = {"side": 8, "max_distance": 3}\nn_layer = 2\nn_head = 2\n'
-                'n_embd = 32\nblock_size = 48\nsteps = 5\nwarmup = 0\nbatch_size = 24\nchunks = 4\nfinal_eval_size = 16\n')
+                'n_embd = 32\nblock_size = 48\nsteps = 5\nwarmup = 0\nbatch_size = 24\nchunks = 4\n'
+                'final_eval_size = 16\n')
     with open(tmp_path / "run.py", "w") as f:
         f.write('base = "base.py"\nbatch_size = 32\n')
     monkeypatch.chdir(tmp_path)
