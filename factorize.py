@@ -7,7 +7,7 @@ metrics.json, result.json and figures. The recipe has four stages:
     clusters           label a few thousand responses of the base (posterior.cluster_responses), fit a linear posterior
     held               the generator learns to use z, the posterior's labels standing still
     responsibilities   labels T = Sinkhorn(log p(y|x,z) / tau + alpha log q(z|x,y)) [1]
-    ELBO               the exact evidence lower bound [2], everything trained together
+    ELBO               the evidence lower bound [2], with a weight beta on its KL, everything trained together
 [1] Asano et al. 2020, arXiv 1911.05371     [2] Kingma & Welling 2014, arXiv 1312.6114
 """
 import dataclasses
@@ -56,7 +56,7 @@ class Config:
     cluster_restarts: int = 192  # starts of the clustering, of which the best counts
     held_steps: int = 300  # steps whose labels come from the posterior as it started
     responsibility_steps: int = 350  # further steps with balanced responsibilities; the remaining ones train the ELBO
-    tau: float = 0.5  # temperature of log p(y|x,z) in the responsibilities
+    tau: float = 0.5  # temperature of log p(y|x,z) in the responsibilities, and of the cells of a continuous z
     held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
     alpha: float = 2.0  # weight of log q(z|x,y) in the responsibilities
     posterior: str = "linear"  # "linear": frozen backbone, trained head; "full": both trained
@@ -90,7 +90,7 @@ class Config:
     device: str = "auto"  # "cuda", "mps" or "cpu"; auto: the first that is there
     precision: str = "auto"  # of matrix products: "float32" or "bfloat16"; auto: bfloat16 on CUDA, where it is faster
     compile: bool = False  # fuse the blocks by torch.compile: faster steps after a minute; takes a C++ compiler
-    recompute: bool = False  # forget a batch's activations and compute them twice: memory no longer grows with K
+    recompute: bool = False  # score a batch twice, the second time pair by pair: memory of a pair under K latents
     save_every: int = 100  # steps between saved states, from which an interrupted run can go on
     resume: bool = False  # go on from the last saved state, of the base's training too, if there is one
     overwrite: bool = False  # start again in a folder that holds a run
@@ -162,7 +162,7 @@ def score_batch(model, batch, z, w, chunks, recompute=False):
     outputs = [torch.cat(part)[back].requires_grad_() for part in zip(*whole)]
 
     def backward():
-        def gradient(rows, part, z):  # a term of weight 0 sends no gradient, and costs nothing
+        def gradient(rows, part, z):  # a term of weight 0 sends no gradient
             used = [(value, output.grad[rows]) for value, output in zip(part, outputs) if output.grad is not None]
             values, gradients = zip(*used)
             wanted = parameters + ([z] if z.requires_grad else [])

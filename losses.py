@@ -1,8 +1,8 @@
 """Every term of the objective, one pure function each: tensors in, tensor out, one value per example where it can be.
 
-    J = R + beta K + sum_i lambda_i L_i            (minimised; all in nats; assembled in factorize.py)
+    J = R + beta KL + sum_i lambda_i L_i            (minimised; all in nats; assembled in factorize.py)
 
-Notation: logp_y (B, K) is log p_psi(y|x,z) for every latent z, summed over the tokens of y; token_nll (B, K, T) its
+Notation: K latents; logp_y (B, K) is log p_psi(y|x,z) for every latent z, summed over the tokens of y; token_nll (B, K, T) its
 negative, token by token; logq (B, K) the posterior log q_xi(z|x,y); logp_z (B, K) the router log p_phi(z|x);
 w (B, T) token weights. kl(q, p) takes its arguments in this order.
 [1] Kingma & Welling 2014, arXiv 1312.6114   [2] Asano et al. 2020, arXiv 1911.05371   [3] Cuturi 2013, arXiv 1306.0895
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 
 def reconstruction(logp_y, logq):
-    """R = -sum_z q(z|x,y) log p(y|x,z) [1, eq. 3], exact: (B, K), (B, K) -> (B,). Gradients reach both arguments."""
+    """R = -sum_z q(z|x,y) log p(y|x,z) [1, eq. 3], exact: (B, K), (B, K) -> (B,). Gradients reach both arguments. Of S
+    samples of a continuous z, logq = -log S, the mean: an estimate without bias."""
     return expected(-logp_y, logq)
 
 

@@ -172,7 +172,7 @@ class GPT(nn.Module):
 
         for step in range(steps):
             rows = torch.arange(step * batch, (step + 1) * batch) % len(pairs.ids)
-            weight.grad, = sum_pieces(gradient, rows.chunk(max(4, parallel.processes)))
+            weight.grad, = sum_pieces(gradient, rows.tensor_split(max(4, parallel.processes)))
             weight.grad[frozen] = 0  # Adam leaves alone what never had a gradient
             optimizer.step()
         weight.grad = None
@@ -300,7 +300,8 @@ class Pairs(NamedTuple):
 
     def by_length(self, n_pieces):
         """Indices of the rows, in pieces of similar length, the longest first: little is spent on padding."""
-        return (self.ids != PAD).sum(dim=1).argsort(descending=True).chunk(n_pieces)
+        order = (self.ids != PAD).sum(dim=1).argsort(descending=True)
+        return order.tensor_split(min(n_pieces, len(order)))
 
 
 def in_pieces(f, pairs, *more, size=16):

@@ -7,6 +7,7 @@ side; then all processes share what they found. So every process holds the same 
 whole batch: labels and losses that are statements about a batch never see a part of it. Process 0 alone writes.
 """
 import contextlib
+import io
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,34 +19,34 @@ from configs import fail
 
 rank, processes = 0, 1  # which process this is, of how many
 threads = ThreadPoolExecutor(1)
+kind = "cpu"  # of device
 bfloat16 = False  # matrix products of training, not those of sampling
 
 
 def start(n_threads, device="auto", precision="float32"):
     """Takes threads of one core each and a device into use, and joins the other processes if torchrun started some. How
     many threads there are changes no result by a bit."""
-    global rank, processes, threads, bfloat16
+    global rank, processes, threads, kind, bfloat16
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here = [kind for kind in there if there[kind]]
-    device = here[0] if device == "auto" else device
-    if device not in here:
+    here = [each for each in there if there[each]]
+    if device not in ("auto", *here):
         fail(f"config key 'device' is 'auto' or, on this machine, {' or '.join(here)}; got '{device}'")
     if precision not in ("auto", "float32", "bfloat16"):
         fail(f"config key 'precision' is 'auto', 'float32' or 'bfloat16'; got '{precision}'")
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and device == "cuda")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
+    kind = here[0] if device == "auto" else device
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
     def set_up_thread():
         torch.set_num_threads(1)  # matrices as small as these gain more from a core per piece than from several on each
-        if device != "cpu":  # a default is of one thread only; so every tensor that is made stands on the device
-            torch.set_default_device(device)
+        if kind != "cpu":  # every tensor that is made stands on the device; a default is that of one thread
+            torch.set_default_device(torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else kind)
 
     set_up_thread()
     threads = ThreadPoolExecutor(n_threads, initializer=set_up_thread)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         rank, processes = dist.get_rank(), dist.get_world_size()
         if rank:
             sys.stdout = open(os.devnull, "w")
@@ -71,7 +72,7 @@ def autocast():
     """The context of matrix products while training."""
     if not bfloat16:
         return contextlib.nullcontext()
-    return torch.autocast(torch.get_default_device().type, torch.bfloat16)
+    return torch.autocast(kind, torch.bfloat16)
 
 
 def in_threads(f, *pieces):
@@ -88,8 +89,11 @@ def gather(found):
     """What was found for all pieces, in their order, from what every process found for its own."""
     if processes == 1:
         return found
-    everyone = [None] * processes
-    dist.all_gather_object(everyone, found)
+    buffer, everyone = io.BytesIO(), [None] * processes
+    torch.save(found, buffer)
+    dist.all_gather_object(everyone, buffer.getvalue())
+    everyone = [torch.load(io.BytesIO(part), map_location=torch.get_default_device(), weights_only=True)
+                for part in everyone]  # what another process found stands on its own device
     return [everyone[i % processes][i // processes] for i in range(sum(map(len, everyone)))]
 
 
@@ -107,8 +111,8 @@ def add_up(parts):
     """parts: for each piece of this process a tuple of tensors, or None in the place of one. Their sums over the pieces
     of all processes, in double precision: so the order, which the number of processes changes, changes no result."""
     if not parts:
-        fail(f"a batch falls into fewer pieces than there are processes ({processes}): raise batch_size or chunks")
-    wide = torch.float32 if torch.get_default_device().type == "mps" else torch.float64  # which mps has not
+        fail(f"a batch falls into fewer pieces than there are processes ({processes}): raise batch_size")
+    wide = torch.float32 if kind == "mps" else torch.float64  # which mps has not
 
     def total(first, *rest):
         if first is None:

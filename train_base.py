@@ -80,7 +80,7 @@ def make_optimizers(model, cfg):
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.requires_grad]
     others = [p for name, p in model.named_parameters() if not name.startswith("blocks.") and p.requires_grad]
     adamw = {"lr": cfg.adamw_lr, "betas": (0.9, 0.95), "weight_decay": cfg.weight_decay,
-             "fused": torch.get_default_device().type == "cuda"}
+             "fused": parallel.kind == "cuda"}
     if cfg.optimizer == "adamw":
         return [torch.optim.AdamW(matrices + others, **adamw)]
     if cfg.optimizer != "muon":
@@ -211,7 +211,8 @@ def find_state(cfg):
                 fail(f"'{folder}' was begun with {key} = {state['config'].get(key)!r}, but goes on with {value!r}")
         return state
     if cfg.resume and os.path.exists(os.path.join(folder, "ckpt.pt")):
-        fail(f"'{folder}' holds a finished run: there is nothing to go on with")
+        fail(f"'{folder}' holds a finished run: there is nothing to go on with; python evaluate.py {folder} evaluates "
+             "a factorization")
     if os.path.exists(os.path.join(folder, "log.jsonl")) and not cfg.resume and not cfg.overwrite:
         fail(f"'{folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
 
@@ -342,6 +343,7 @@ def train(cfg, signals):
     if not n_inputs:
         fail(f"config key 'batch_size' must hold one record of each strategy, at least {len(mixture)}")
     weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs  # of the records of a batch
+    n_pieces = min(max(cfg.chunks, parallel.processes), len(weights))
     model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
     if cfg.compile:
         model.compile()
@@ -370,7 +372,7 @@ def train(cfg, signals):
             nll = weights[rows] @ score_base(model, ids, first).sum(dim=1)
             return nll.detach(), *torch.autograd.grad(nll, parameters)
 
-        nll, *gradients = sum_pieces(gradient, order.chunk(max(cfg.chunks, parallel.processes)))
+        nll, *gradients = sum_pieces(gradient, order.tensor_split(n_pieces))
         for parameter, total in zip(parameters, gradients):
             parameter.grad = total
         loss = nll.item()  # nats a sequence, to compare with the floor
