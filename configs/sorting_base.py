@@ -1,4 +1,4 @@
 # python train_base.py configs/sorting_base.py
 task = "sorting_algorithms"
-steps = 5200
+steps = 6400
 crop = 24

@@ -210,10 +210,12 @@ def products_alone(model, pairs):
 def bench_base(size, rows):
     """The base's gradient of 128 records of 64 tokens."""
     pairs, model = records(128, 64), GPT(GPTConfig(len(TOKENIZER), **SIZES[size]))
-    half = copy.deepcopy(model).to(torch.bfloat16)
+    half, compiled = copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model)
+    compiled.compile()
     alternatives = {"ours": lambda: base_gradient(model, pairs), "products": products_alone(model, pairs),
                     "bfloat16 autocast": lambda: with_autocast(model, pairs),
-                    "a copy in bfloat16": lambda: base_gradient(half, pairs)}
+                    "a copy in bfloat16": lambda: base_gradient(half, pairs),
+                    "torch.compile": lambda: base_gradient(compiled, pairs)}
     if transformers:
         theirs = gpt2(model).train()
 
@@ -231,6 +233,7 @@ def bench_base(size, rows):
         rows[f"base gradient, {size}: transformers' GPT-2"] = row(ours, seconds["transformers"], bar, "records/s", n)
     for name in ("bfloat16 autocast", "a copy in bfloat16"):
         rows[f"{name}, {size}: float32"] = row(seconds[name], ours, ">= 1.4", "records/s", n)
+    rows[f"torch.compile, {size}: not compiled"] = row(seconds["torch.compile"], ours, "", "records/s", n)
 
 
 def elbo_gradient(model, q, batch, cfg, c_base=1.0, recompute=False):
