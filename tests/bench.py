@@ -2,6 +2,7 @@
 
     python tests/bench.py                             # about 8 minutes; tests/tables.py reads what it writes
     python tests/bench.py configs/grid_discrete.py    # another run, with a trained base, in the rows about factorizing
+    python tests/bench.py profile                     # where the time goes, operation by operation
 
 Alternatives take turns in one process, so that whatever else the machine does meets all of them. A ratio is the median
 over the rounds, its spread the least and the largest. Each alternative says how much work it did, and all must agree.
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 
 import torch
 import torch.nn as nn
@@ -35,7 +37,7 @@ import parallel
 from model import GPT, GPTConfig, Pairs, pad, sample_in_batches, score_base
 from parallel import in_threads, sum_pieces
 from posterior import Posterior
-from tables import bench_table
+from tables import bench_table, profile_table
 from tasks import BOS, EOS, PAD, SPECIALS, TASKS, Tokenizer
 from train_base import load_base, record_batch, write_json
 
@@ -332,6 +334,27 @@ def bench_memory(rows):
                 recomputed, kept, "ours <= 4 GiB" if n_latents == 32 else "", "GiB")
 
 
+def profile(config="configs/sorting_discrete.py"):
+    """Where the time of a base gradient and of sampling goes, operation by operation, in one thread: writes
+    assets/results/profile.json."""
+    parallel.threads = types.SimpleNamespace(map=map)  # the profiler sees this thread alone
+
+    def shares(f):
+        f()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            f()
+        seconds = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in seen.key_averages()}
+        return {name: value / sum(seconds.values()) for name, value in seconds.items()}
+
+    model, pairs = GPT(GPTConfig(len(TOKENIZER))), records(128, 64)
+    base, task, _ = load_base(os.path.join("out", factorize.load_base_config(configs.load(factorize, [config])).name,
+                                           "ckpt.pt"))
+    found = {"base gradient": shares(lambda: base_gradient(model, pairs)), "sampling pairs": shares(
+        lambda: factorize.draw_pairs(base.requires_grad_(False), task, TOKENIZER, 512, 1, "pool"))}
+    write_json(os.path.join(ROOT, "assets", "results", "profile.json"), {"machine": machine(), "shares": found})
+    print(profile_table())
+
+
 def machine():
     with open("/proc/cpuinfo") as f:
         cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
@@ -355,7 +378,9 @@ def main(config="configs/sorting_discrete.py"):
 
 if __name__ == "__main__":
     parallel.start(THREADS, "cpu")
-    if sys.argv[1:2] == ["memory"]:
+    if sys.argv[1:2] == ["profile"]:
+        profile(*sys.argv[2:])
+    elif sys.argv[1:2] == ["memory"]:
         print_memory(*map(int, sys.argv[2:]))
     else:
         main(*sys.argv[1:])

@@ -122,11 +122,21 @@ def bench_table(result=None):
     return table(["what", "ours", "against", "ratio", "spread", "bar"], rows)
 
 
+def profile_table():
+    """What takes 2% or more of a base gradient, or of sampling."""
+    with open(os.path.join(ROOT, "assets", "results", "profile.json")) as f:
+        shares = json.load(f)["shares"]
+    most = {name: max(found.get(name, 0) for found in shares.values()) for found in shares.values() for name in found}
+    rows = [[f"`{name}`", *(f"{found.get(name, 0):.0%}" for found in shares.values())]
+            for name in sorted(most, key=most.get, reverse=True) if most[name] >= 0.02]
+    return table(["operation", *shares], rows)
+
+
 def without(keys):
     return {key: title for key, title in COLUMNS.items() if key not in keys}
 
 
-TABLES = {"faults": faults_table, "bench": bench_table, "base": base_table, "clusters": clusters_table,
+TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table, "base": base_table, "clusters": clusters_table,
           "discrete": lambda: runs_table("*_discrete_seed*.json", without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table("*_continuous_seed*.json", CONTINUOUS),
           "ablations": lambda: runs_table("ablations/*.json", without(NOT_IN_ABLATIONS))}
