@@ -418,7 +418,7 @@ def main(argv):
         sys.exit(0 if argv else 2)
     folder, *flags = argv
     if not os.path.isdir(folder):
-        fail(f"run folder '{folder}' does not exist")
+        fail(f"run folder '{folder}' does not exist; python factorize.py makes one")
     if not flags:
         evaluate(folder)
     for flag in flags:

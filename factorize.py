@@ -361,6 +361,9 @@ def get_base(cfg):
     base_cfg = load_base_config(cfg)
     path = os.path.join("out", base_cfg.name, "ckpt.pt")
     if not os.path.exists(path):
+        if os.path.exists(os.path.join(os.path.dirname(path), "log.jsonl")) and not cfg.resume:
+            fail(f"the base's run in '{os.path.dirname(path)}' is not finished: --resume=True goes on with it, "
+                 f"python train_base.py {cfg.base} --overwrite=True starts it again")
         print(f"{path} is missing: training the base model first (python train_base.py {cfg.base})", flush=True)
         train_base.train(base_cfg)
     base, task, checkpoint = load_base(path)

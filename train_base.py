@@ -208,7 +208,8 @@ def find_state(cfg):
         state = load_checkpoint(path, "state")
         for key, value in dataclasses.asdict(cfg).items():
             if key not in ("threads", "save_every", "resume", "overwrite") and value != state["config"].get(key):
-                fail(f"'{folder}' was begun with {key} = {state['config'].get(key)!r}, but goes on with {value!r}")
+                fail(f"'{folder}' was begun with {key} = {state['config'].get(key)!r}, but goes on with {value!r}; "
+                     "--overwrite=True starts again")
         return state
     if cfg.resume and os.path.exists(os.path.join(folder, "ckpt.pt")):
         fail(f"'{folder}' holds a finished run: there is nothing to go on with; python evaluate.py {folder} evaluates "
@@ -272,11 +273,13 @@ def finish(folder, log, checkpoint):
 def load_checkpoint(path, kind):
     """Reads a checkpoint of the given kind, or says in one line why it cannot."""
     if not os.path.exists(path):
-        fail(f"checkpoint '{path}' does not exist")
+        begun = os.path.exists(os.path.join(os.path.dirname(path), "log.jsonl"))
+        fail(f"checkpoint '{path}' does not exist" + "; its run is not finished: --resume=True goes on with it" * begun)
     try:
         checkpoint = torch.load(path, map_location=torch.get_default_device(), weights_only=True)
     except Exception as e:  # truncated, not a checkpoint, or holding something other than tensors and plain types
-        fail(f"checkpoint '{path}' cannot be read ({type(e).__name__}): truncated, or no checkpoint")
+        fail(f"checkpoint '{path}' cannot be read ({type(e).__name__}): truncated, or no checkpoint; without it, "
+             "it is trained again")
     got = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
     if got != kind:
         fail(f"'{path}' is no {kind} checkpoint" + f", but a {got} checkpoint" * bool(got))

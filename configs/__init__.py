@@ -60,7 +60,10 @@ def load(script, argv):
     if path.startswith("--"):
         fail(f"the first argument is a config file, such as configs/sorting_discrete.py; got '{path}'")
     if not os.path.isfile(path):
-        fail(f"config file '{path}' does not exist")
+        folder = os.path.dirname(path) or "."
+        there = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
+        close = difflib.get_close_matches(path, there, n=1)
+        fail(f"config file '{path}' does not exist" + (f", did you mean '{close[0]}'?" if close else ""))
     kinds = {f.name: f.type for f in dataclasses.fields(script.Config)}
     values = {"name": os.path.splitext(os.path.basename(path))[0]}
     try:
@@ -71,7 +74,7 @@ def load(script, argv):
     for flag in flags:
         key, equals, text = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or not equals:
-            fail(f"expected --key=value, got '{flag}'")
+            fail(f"expected --key=value, such as --seed=1 or --resume=True, got '{flag}'")
         try:
             assigned[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -81,6 +84,8 @@ def load(script, argv):
     for key, value in assigned.items():
         check_key(key, list(kinds))
         values[key] = check_type(key, value, kinds[key])
+    if values["name"] != os.path.basename(values["name"]) or values["name"] in ("", ".", ".."):
+        fail(f"config key 'name' names a folder in out/, got '{values['name']}'")
     for field in dataclasses.fields(script.Config):
         if field.name not in values and field.default is field.default_factory:  # both MISSING: it has no default
             fail(f"config file '{path}' says nothing about '{field.name}'")

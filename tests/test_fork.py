@@ -76,7 +76,7 @@ def add_task(fork):
     code, *config_files = blocks("Add your own task", "python")
     write_between(fork / "tasks.py", "", code + "\n\n", 'if __name__ == "__main__":')
     for content in config_files:
-        path = content.split()[1]
+        path = content.split()[3]  # '# python factorize.py configs/...'
         (fork / path).write_text(content + TINY_BASE * path.endswith("_base.py"))
     return code
 

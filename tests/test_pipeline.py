@@ -417,6 +417,9 @@ def test_local_coverage_counts_distinct_strategies_among_the_first_k():
 @pytest.mark.parametrize("argv, words", [
     (["factorize.py", "configs/tiny_discrete.py", "--beat=0.1"], "did you mean 'beta'?"),
     (["factorize.py", "configs/missing.py"], "does not exist"),
+    (["factorize.py", "configs/tiny_discreet.py"], "did you mean 'configs/tiny_discrete.py'?"),
+    (["factorize.py", "configs/tiny_discrete.py", "--name=../elsewhere"], "names a folder in out/"),
+    (["factorize.py", "configs/tiny_discrete.py", "--name=.."], "names a folder in out/"),
     (["factorize.py", "configs/tiny_discrete.py", "--steps=many"], "'steps' takes int"),
     (["factorize.py", "configs/tiny_discrete.py", "steps=3"], "expected --key=value"),
     (["factorize.py", "configs/tiny_discrete.py", "--n_latents=1"], "at least 2 latents"),
@@ -577,6 +580,19 @@ def test_show_prints_every_latent_side_by_side(reference, workplace, capsys):
     assert code == 0 and not errors and out.count("<z1>") == out.count("<z3>") == out.count("x = ") == 2
     evaluate.main(["out/reference", "--x=1 2 to 3 4"])
     assert "x = 1 2 to 3 4" in capsys.readouterr().out
+
+
+def test_a_base_that_is_not_finished_is_told_apart_from_one_that_is_missing(workplace, tmp_path):
+    """Its run goes on with --resume=True, or again by train_base.py; neither flag of factorize.py restarts it."""
+    path = tmp_path / "half_base.py"
+    path.write_text('task = "grid_pathfinding"\n')
+    os.makedirs("out/half_base")
+    open("out/half_base/log.jsonl", "w").close()
+    for flag in ("--overwrite=False", "--overwrite=True"):
+        with pytest.raises(SystemExit, match="not finished: --resume=True goes on"):
+            factorize.factorize(configs.load(factorize, [*SHORT, f"--base={path}", "--name=half", flag]))
+    with pytest.raises(SystemExit, match="run is not finished"):
+        evaluate.main(["out/half_base"])
 
 
 def test_help_lists_every_config_key():
