@@ -35,13 +35,14 @@ def start(n_threads, device="auto", precision="float32"):
         fail(f"config key 'precision' is 'auto', 'float32' or 'bfloat16'; got '{precision}'")
     kind = here[0] if device == "auto" else device
     bfloat16 = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
 
     def set_up_thread():
         torch.set_num_threads(1)  # matrices as small as these gain more from a core per piece than from several on each
         if kind != "cpu":  # every tensor that is made stands on the device; a default is that of one thread
-            torch.set_default_device(torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else kind)
+            torch.set_default_device(place)
+        if kind == "cuda":
+            torch.cuda.set_device(place)
 
     set_up_thread()
     threads = ThreadPoolExecutor(n_threads, initializer=set_up_thread)
