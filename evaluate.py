@@ -31,7 +31,7 @@ def load_run(folder):
     """Run folder -> (checkpoint, base, task, tokenizer, model, posterior), with the threads of its config in use."""
     checkpoint = load_checkpoint(os.path.join(folder, "ckpt.pt"), "factorization")
     cfg = checkpoint["config"]
-    parallel.start(cfg["threads"], "cpu" if cfg.get("device") == "cpu" else "auto")
+    parallel.start(cfg["threads"], "cpu" if cfg.get("device", "cpu") == "cpu" else "auto")
     base, task = build_base(checkpoint["base"])
     model = GPT(GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])

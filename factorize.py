@@ -87,7 +87,7 @@ class Config:
     eval_samples: int = 8  # router samples an input
     seed: int = 0  # of weights, data and clusters
     threads: int = 2  # CPU threads
-    device: str = "auto"  # "cuda", "mps" or "cpu"; auto: the first that is there
+    device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
     precision: str = "auto"  # of matrix products: "float32" or "bfloat16"; auto: bfloat16 on CUDA, where it is faster
     compile: bool = False  # fuse the blocks by torch.compile: faster steps after a minute; takes a C++ compiler
     recompute: bool = False  # score a batch twice, the second time pair by pair: memory of a pair under K latents

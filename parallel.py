@@ -23,7 +23,7 @@ kind = "cpu"  # of device
 bfloat16 = False  # matrix products of training, not those of sampling
 
 
-def start(n_threads, device="auto", precision="float32"):
+def start(n_threads, device="cpu", precision="float32"):
     """Takes threads of one core each and a device into use, and joins the other processes if torchrun started some. How
     many threads there are changes no result by a bit."""
     global rank, processes, threads, kind, bfloat16

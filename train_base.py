@@ -52,7 +52,7 @@ class Config:
     final_eval_size: int = 2000  # the same, after training
     seed: int = 0  # of weights and data
     threads: int = 2  # CPU threads
-    device: str = "auto"  # "cuda", "mps" or "cpu"; auto: the first that is there
+    device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
     precision: str = "auto"  # of matrix products: "float32" or "bfloat16"; auto: bfloat16 on CUDA, where it is faster
     compile: bool = False  # fuse the blocks by torch.compile: faster steps after a minute; takes a C++ compiler
     save_every: int = 500  # steps between saved states, from which an interrupted run can go on
