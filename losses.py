@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 
 def reconstruction(logp_y, logq):
-    """R = -sum_z q(z|x,y) log p(y|x,z) [1, eq. 3], exact: (B, K), (B, K) -> (B,). Gradients reach both arguments. Of S
-    samples of a continuous z, logq = -log S, the mean: an estimate without bias."""
+    """R = -sum_z q(z|x,y) log p(y|x,z) [1, eq. 3], exact: (B, K), (B, K) -> (B,). Gradients reach both arguments. With
+    S samples of a continuous z and logq = -log S it is their mean: an estimate without bias."""
     return expected(-logp_y, logq)
 
 
