@@ -2,9 +2,9 @@
 
     J = R + beta KL + sum_i lambda_i L_i            (minimised; all in nats; assembled in factorize.py)
 
-Notation: K latents; logp_y (B, K) is log p_psi(y|x,z) for every latent z, summed over the tokens of y; token_nll (B, K, T) its
-negative, token by token; logq (B, K) the posterior log q_xi(z|x,y); logp_z (B, K) the router log p_phi(z|x);
-w (B, T) token weights. kl(q, p) takes its arguments in this order.
+Notation: K latents; logp_y (B, K) is log p_psi(y|x,z) for every latent z, summed over the tokens of y; token_nll
+(B, K, T) its negative, token by token; logq (B, K) the posterior log q_xi(z|x,y); logp_z (B, K) the router
+log p_phi(z|x); w (B, T) token weights. kl(q, p) takes its arguments in this order.
 [1] Kingma & Welling 2014, arXiv 1312.6114   [2] Asano et al. 2020, arXiv 1911.05371   [3] Cuturi 2013, arXiv 1306.0895
 [4] Burda, Grosse & Salakhutdinov 2016, arXiv 1509.00519
 """
