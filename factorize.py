@@ -89,7 +89,7 @@ class Config:
     threads: int = 2  # CPU threads
     device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
     precision: str = "auto"  # of matrix products: "float32" or "bfloat16"; auto: bfloat16 on CUDA, where it is faster
-    compile: bool = False  # fuse the blocks by torch.compile: faster steps after a minute; takes a C++ compiler
+    compile: bool = False  # fuse the blocks by torch.compile: faster, after slow first steps; takes a C++ compiler
     recompute: bool = False  # score a batch twice, the second time pair by pair: memory of a pair under K latents
     save_every: int = 100  # steps between saved states, from which an interrupted run can go on
     resume: bool = False  # go on from the last saved state, of the base's training too, if there is one

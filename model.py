@@ -130,7 +130,7 @@ class GPT(nn.Module):
         return states
 
     def compile(self):
-        """Fuses what lies between the matrix products of a block; takes a C++ compiler, and a minute at the start."""
+        """Fuses what lies between the matrix products of a block; takes a C++ compiler, and time at the start."""
         self.compiled = [torch.compile(block, dynamic=True) for block in self.blocks]
 
     def logits(self, hidden):

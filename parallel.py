@@ -57,7 +57,7 @@ def leave():
     """Parts from the other processes; True where the work that is left, for one process, goes on."""
     global processes
     if processes > 1:
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()
         os.environ.pop("WORLD_SIZE")  # what starts again, starts alone
         processes = 1

@@ -54,7 +54,7 @@ class Config:
     threads: int = 2  # CPU threads
     device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
     precision: str = "auto"  # of matrix products: "float32" or "bfloat16"; auto: bfloat16 on CUDA, where it is faster
-    compile: bool = False  # fuse the blocks by torch.compile: faster steps after a minute; takes a C++ compiler
+    compile: bool = False  # fuse the blocks by torch.compile: faster, after slow first steps; takes a C++ compiler
     save_every: int = 500  # steps between saved states, from which an interrupted run can go on
     resume: bool = False  # go on from the last saved state, if there is one
     overwrite: bool = False  # start again in a folder that holds a run

@@ -1,6 +1,6 @@
 """Speed and memory of sampling, training and factorizing, each beside something that does the same work.
 
-    python tests/bench.py                             # about 8 minutes; tests/tables.py reads what it writes
+    python tests/bench.py                             # about 11 minutes; tests/tables.py reads what it writes
     python tests/bench.py configs/grid_discrete.py    # another run, with a trained base, in the rows about factorizing
     python tests/bench.py profile                     # where the time goes, operation by operation
 
