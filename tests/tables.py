@@ -57,7 +57,8 @@ NOT_IN_RESULTS = {"local_strategy_coverage_mean", "latent_purity"}  # where alig
 NOT_IN_ABLATIONS = {"controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
                     "base_nll", "nll_gap_of_valid"}
 CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z_probe_accuracy": "probe, sampled z",
-              "sampled_z_probe_accuracy_control": "permuted", "local_strategy_full_coverage_rate": "full coverage of 16 z",
+              "sampled_z_probe_accuracy_control": "permuted",
+              "local_strategy_full_coverage_rate": "full coverage of 16 z",
               "centroid_distance": "centroid distance", "sampled_final_answer_accuracy": "answer right, router",
               "base_final_answer_accuracy": "base", "base_nll": "base NLL", "nll_gap": "NLL gap", "kl": "KL",
               "sampled_strategy_total_variation": "TV"}
@@ -136,7 +137,8 @@ def without(keys):
     return {key: title for key, title in COLUMNS.items() if key not in keys}
 
 
-TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table, "base": base_table, "clusters": clusters_table,
+TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table, "base": base_table,
+          "clusters": clusters_table,
           "discrete": lambda: runs_table("*_discrete_seed*.json", without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table("*_continuous_seed*.json", CONTINUOUS),
           "ablations": lambda: runs_table("ablations/*.json", without(NOT_IN_ABLATIONS))}

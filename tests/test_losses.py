@@ -217,8 +217,8 @@ def test_a_reparameterised_gradient_is_that_of_finite_differences():
 
 
 def test_elbo_importance_bound_and_evidence_are_in_order():
-    """z ~ N(0, 1), y ~ N(z, 1): log p(y) = log N(y; 0, 2) is known. A posterior that is too wide gives an ELBO below the
-    importance-weighted bound, which approaches the evidence; a bound with inverted weights does not."""
+    """z ~ N(0, 1), y ~ N(z, 1): log p(y) = log N(y; 0, 2) is known. A posterior that is too wide gives an ELBO below
+    the importance-weighted bound, which approaches the evidence; a bound with inverted weights does not."""
     y, generator = torch.linspace(-2, 2, 50)[:, None], torch.Generator().manual_seed(0)
     q, p = Normal(y / 2, 1.0), Normal(0.0, 1.0)
     z = y / 2 + torch.randn(50, 4000, generator=generator)

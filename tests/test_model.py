@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (EPS, GPT, GPTConfig, gaussian, insert_latents, pad, sample, sample_in_batches, sample_pairs, score_base,
-                   score_latents)
+from model import (EPS, GPT, GPTConfig, gaussian, insert_latents, pad, sample, sample_in_batches, sample_pairs,
+                   score_base, score_latents)
 from posterior import Posterior, cluster_responses
 from tasks import BOS, EOS, PAD, X, X_END, Y, Y_END, Z, Z_EMPTY, Z_END, Tokenizer
 from train_base import load_base

@@ -168,7 +168,7 @@ def test_labels_are_the_posteriors_while_held_and_the_generators_afterwards(work
 
 
 def test_tiling_shares_the_whole_prior_out_and_every_pair_gets_a_z_of_its_cell():
-    """Two corners at -1 and +1 with a quarter and three quarters of the prior: the cells of N(0, 1) meet at its quartile."""
+    """Corners at -1 and +1, of a quarter and three quarters of the prior: the cells of N(0, 1) meet at its quartile."""
     n, prior = 512, torch.tensor([0.25, 0.75])
     mean = torch.tensor([1.1, 0.8, 0.9, -1.0]).repeat(n // 4)[:, None]
     cfg = configs.load(factorize, [*SHORT, "--z_dim=1"])
@@ -248,7 +248,7 @@ def test_a_continuous_run_repeats_itself_and_logs_every_term(continuous):
     assert log == run("again", *CONTINUOUS)[0]
     assert same(weights, run("unlooked", *CONTINUOUS, "--eval_every=4")[1])
     c_base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"]
-    for entry, beta, tiling in zip(log, (1.0, 1.0, 0.1, 0.1), (0, 0, 0.5, 0.5)):  # held, the router learns the posterior
+    for entry, beta, tiling in zip(log, (1.0, 1.0, 0.1, 0.1), (0, 0, 0.5, 0.5)):  # held, the router learns q
         assert entry["objective"] == pytest.approx(entry["reconstruction"] / c_base + beta * entry["kl"]
                                                    + tiling * entry["tiling"], rel=1e-4)
         assert (entry["reconstruction"] == entry["tiling"]) == (tiling == 0)
@@ -531,15 +531,16 @@ def test_a_truncated_checkpoint_is_one_line(workplace, tmp_path):
 def test_a_foreign_base_checkpoint_is_one_line(reference):
     os.makedirs("out/foreign", exist_ok=True)
     base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)
-    summation = {"task": "list_summation", "task_sizes": {}}
+    summation = {"config": base["config"] | {"task": "list_summation", "task_sizes": {}},
+                 "vocab": list(train_base.make_task("list_summation", {}).vocab)}
     for foreign, words in (
-            (torch.load("out/reference/ckpt.pt", weights_only=True), "no base checkpoint, but a factorization checkpoint"),
+            (torch.load("out/reference/ckpt.pt", weights_only=True),
+             "no base checkpoint, but a factorization checkpoint"),
             ([1, 2], "is no base checkpoint"),
             (base | {"version": 2}, "format version 2, this code reads version 1"),
             (base | {"vocab": base["vocab"][::-1]}, "another vocabulary than that of grid_pathfinding"),
             (base | {"config": base["config"] | {"n_layer": 7}}, "was trained with n_layer = 7, but foreign.py says 2"),
-            (base | {"config": base["config"] | summation, "vocab": list(train_base.make_task("list_summation", {}).vocab)},
-             "was trained with task = 'list_summation', but foreign.py says 'grid_pathfinding'")):
+            (base | summation, "was trained with task = 'list_summation', but foreign.py says 'grid_pathfinding'")):
         torch.save(foreign, "out/foreign/ckpt.pt")
         with open("configs/tiny_base.py") as f, open("foreign.py", "w") as own:
             own.write(f.read())
@@ -580,6 +581,16 @@ def test_show_prints_every_latent_side_by_side(reference, workplace, capsys):
     assert code == 0 and not errors and out.count("<z1>") == out.count("<z3>") == out.count("x = ") == 2
     evaluate.main(["out/reference", "--x=1 2 to 3 4"])
     assert "x = 1 2 to 3 4" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_ends_evaluate_quietly(reference, workplace):
+    """As in `evaluate.py ... --show=2 | head -1`: whoever read is gone when the rest is printed."""
+    there, here = os.pipe()
+    os.close(there)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "evaluate.py"), "out/reference", "--show=2"],
+                          cwd=workplace, stdout=here, stderr=subprocess.PIPE, text=True)
+    os.close(here)
+    assert not done.stderr
 
 
 def test_a_base_that_is_not_finished_is_told_apart_from_one_that_is_missing(workplace, tmp_path):

@@ -79,8 +79,8 @@ def test_every_logged_number_is_explained(workplace, z):
     import json
     folder = factorize.factorize(configs.load(factorize, [
         "configs/tiny_discrete.py", "--name=logged", "--overwrite=True", z, "--steps=2", "--held_steps=1",
-        "--responsibility_steps=1", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2",
-        "--pool_size=64", "--eval_inputs=4", "--eval_samples=2"]))
+        "--responsibility_steps=1", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4",
+        "--slot_steps=2", "--pool_size=64", "--eval_inputs=4", "--eval_samples=2"]))
     metrics = evaluate.evaluate(folder)
     with open(os.path.join(folder, "log.jsonl")) as f:
         keys = set(metrics) | {key for line in f for key in json.loads(line)}
