@@ -242,6 +242,8 @@ def factorize(cfg, signals):
         agreement = start_posterior(q, base, task, tokenizer, cfg, log_prior)
         print(f"{cfg.name}: {agreement:.0%} of {cfg.cluster_restarts} restarts found the same clusters, "
               f"{(time.time() - start) / 60:.1f} min", flush=True)
+    else:
+        q.fit_statistics(other_pairs)  # without them every feature is 0
     if cfg.compile:
         model.compile()
     elbo_step = cfg.held_steps + (0 if cfg.z_dim else cfg.responsibility_steps)

@@ -328,12 +328,22 @@ def test_no_test_input_is_seen_before_the_evaluation(workplace, monkeypatch):
     assert any(seen)
 
 
-def test_only_a_full_posterior_trains_its_backbone(reference):
+@pytest.mark.parametrize("clusters", [16, 0])
+def test_only_a_full_posterior_trains_its_backbone(reference, clusters):
     base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["model"]
     for name in ("linear", "full"):
-        run(name, f"--posterior={name}")
+        run(name, f"--posterior={name}", f"--cluster_inputs={clusters}")
         q = torch.load(f"out/{name}/ckpt.pt", weights_only=True)["posterior"]
         assert same(base, {key: q[f"backbone.{key}"] for key in base}) == (name == "linear")
+
+
+@pytest.mark.parametrize("clusters", [16, 0])
+def test_the_posterior_tells_solutions_apart_with_and_without_clusters(reference, clusters):
+    run("seeing", f"--cluster_inputs={clusters}")
+    _, base, task, tokenizer, _, q = evaluate.load_run("out/seeing")
+    with torch.no_grad():
+        logq = q(factorize.draw_pairs(base, task, tokenizer, 16, 1, "some"))
+    assert logq.std(dim=0).min() > 0.01
 
 
 def test_adamw_alone_trains_too(reference):
