@@ -77,7 +77,7 @@ class Task:
     """One task: how to draw an input, its answer, and one function per strategy that lists the steps."""
     name: str
     vocab: tuple  # task tokens, without the special ones
-    draw: Callable  # rng -> x, any input, also one on which strategies coincide
+    draw: Callable  # rng -> x, also one on which strategies coincide; or None: draw again
     check: Callable  # x -> None or the reason why x is no input of this task
     solve: Callable  # x -> answer tokens
     steps: dict  # strategy name -> (x -> list of steps, each a list of tokens)
@@ -106,7 +106,7 @@ class Task:
         where the task's sizes leave no input on which all strategies differ."""
         for _ in range(1000):
             x = self.draw(rng)
-            if test in (None, self.is_test_input(x)) and self.is_valid_input(x):
+            if x and test in (None, self.is_test_input(x)) and self.is_valid_input(x):
                 return x
         raise ValueError(f"{self.name} of these sizes has no input on which all strategies differ")
 
@@ -291,8 +291,8 @@ def grid_pathfinding(side=16, max_distance=5):
     """
     def draw(rng):
         (row, row_goal), (col, col_goal) = (sorted(rng.sample(range(side), 2)) for _ in range(2))
-        return [str(row), str(col), "to", str(row_goal), str(col_goal)] if check(
-            [str(row), str(col), "to", str(row_goal), str(col_goal)]) is None else draw(rng)
+        x = [str(row), str(col), "to", str(row_goal), str(col_goal)]
+        return x if check(x) is None else None
 
     def check(x):
         if len(x) != 5 or x[2] != "to" or any(t not in vocab[:side] for t in (*x[:2], *x[3:])):
@@ -427,7 +427,7 @@ def multidigit_addition(min_digits=1, max_digits=2):
     """
     def draw(rng):
         a, b = (rng.randrange(10 ** (n - 1), 10 ** n) for n in (rng.randint(min_digits, max_digits) for _ in range(2)))
-        return [*number(a), "+", *number(b)] if max(a, b) > 9 else draw(rng)
+        return [*number(a), "+", *number(b)] if max(a, b) > 9 else None
 
     def check(x):
         numbers = read_numbers(x, ["+"])
