@@ -5,12 +5,13 @@
     python evaluate.py out/sorting_discrete --x="4 2 7 1 3"     # the same for an input of your own
     python evaluate.py out/sorting_discrete --figures           # more figures: traces, training, where the base decides
 
-Strategy names are read here and nowhere else: to say what each latent turned out to mean.
+Strategy names are read here, to say what each latent turned out to mean, and by train_base.py, never by factorize.py.
 """
 import json
 import math
 import os
 import random
+import signal
 import sys
 
 import torch
@@ -180,8 +181,9 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     base_nll, nll = pairs.b.sum(dim=1), metrics.pop("nll")
     valid = labels >= 0
     metrics |= {"nll": nll.mean().item(), "base_nll": base_nll.mean().item(),
-                "nll_gap_of_valid": (nll - base_nll)[valid].sum().item() / max(int(valid.sum()), 1),
                 "normalized_reconstruction": metrics["reconstruction"] / c_base}
+    if valid.any():
+        metrics["nll_gap_of_valid"] = (nll - base_nll)[valid].mean().item()
     return metrics, labels, posterior
 
 
@@ -244,8 +246,9 @@ def look(model, q, task, tokenizer, pool, xs, seed):
     coverage, full_coverage = local_coverage(found, 16, 16, len(task.strategies))
     pool_xs = [tokenizer.decode(row[2:start - 2]) for row, start in zip(pool.ids.tolist(), pool.starts.tolist())]
     labels = indices(task, [task.attribute(x, y) for x, y in zip(pool_xs, solutions(tokenizer, pool))])
+    first = {tuple(x): i for i, x in enumerate(pool_xs)}  # an input drawn twice is one input
     return {"local_strategy_coverage_mean": coverage, "local_strategy_full_coverage_rate": full_coverage,
-            **semantics(q(pool)[0], labels, torch.arange(len(labels)), z, found, task, seed)}
+            **semantics(q(pool)[0], labels, torch.tensor([first[tuple(x)] for x in pool_xs]), z, found, task, seed)}
 
 
 def decodability(base, task, tokenizer, xs, responses, seed):
@@ -292,6 +295,15 @@ def solutions(tokenizer, pairs):
     return [tokenizer.decode(row[:row.index(Y_END)] if Y_END in row else [i for i in row if i != PAD]) for row in rows]
 
 
+def read_log(folder):
+    """The entries of log.jsonl; none where there is no log, or where a run is in the middle of writing it."""
+    try:
+        with open(os.path.join(folder, "log.jsonl")) as f:
+            return [json.loads(line) for line in f]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return []
+
+
 def evaluate(folder, seed=0):
     """Writes metrics.json, result.json and the figures of a run folder; returns the metrics."""
     checkpoint, base, task, tokenizer, model, q = load_run(folder)
@@ -318,7 +330,11 @@ def evaluate(folder, seed=0):
             figures.draw_maps(model, task, tokenizer, xs[:4], os.path.join(folder, "maps.png"))
     else:
         figures.draw_matching(C, task.strategies, os.path.join(folder, "matching.png"))
-    figures.draw_training(os.path.join(folder, "log.jsonl"), os.path.join(folder, "training.png"))
+    log = read_log(folder)
+    if log and log[-1]["minutes"] == checkpoint["last_log"]["minutes"]:
+        figures.draw_training(log, os.path.join(folder, "training.png"))
+    else:
+        print(f"no training.png: {folder}/log.jsonl is of another run than ckpt.pt")
     figures.draw_shares(shares, base_shares, task.strategies, os.path.join(folder, "shares.png"))
     for name in ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutation_gap",
                  "controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
@@ -353,8 +369,7 @@ def draw(folder, seed=0):
         figures.draw_centroids(q(pairs)[0], labels, z.flatten(0, 1), found, task.strategies, path("centroids.png"))
     else:
         figures.draw_traces(base, model, task, tokenizer, xs[0], seed, path("traces.png"))
-        with open(os.path.join(folder, "log.jsonl")) as f:
-            looks = [entry for entry in map(json.loads, f) if "strategy_by_latent" in entry]
+        looks = [entry for entry in read_log(folder) if "strategy_by_latent" in entry]
         if looks:
             figures.draw_dynamics(looks, task.strategies, path("dynamics.png"))
         else:
@@ -412,7 +427,7 @@ def typed_input(folder, text):
     return x
 
 
-def main(argv):
+def answer(argv):
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0 if argv else 2)
@@ -425,7 +440,7 @@ def main(argv):
         key, _, value = flag.partition("=")
         if key == "--x" and value:
             show(folder, [typed_input(folder, value)])
-        elif key == "--show" and value.isdigit() and int(value) > 0:
+        elif key == "--show" and value.isdecimal() and int(value) > 0:
             show(folder, different_inputs(load_run(folder)[2], int(value), test=True))
         elif flag == "--figures":
             draw(folder)
@@ -433,9 +448,17 @@ def main(argv):
             fail(f"unknown or incomplete flag '{flag}'; known: --show=N, --x=\"...\", --figures")
 
 
-if __name__ == "__main__":
+def main(argv):
     try:
-        main(sys.argv[1:])
+        answer(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:  # a full disk
+        fail(str(e))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,5 +1,4 @@
 """The figures of a run, one function each; evaluate.py draws them."""
-import json
 import math
 import textwrap
 
@@ -108,10 +107,8 @@ def draw_maps(model, task, tokenizer, xs, path, points=25):
     figure.savefig(path, dpi=120)
 
 
-def draw_training(log_path, path):
-    """R / c_base and KL, every term's share of the objective, alignment and coverage, against the step."""
-    with open(log_path) as f:
-        log = [json.loads(line) for line in f]
+def draw_training(log, path):
+    """Entries of log.jsonl: R / c_base and KL, every term's share of J, alignment and coverage, against the step."""
     figure, axes = new_figure(13, 3.6, 3)
     steps = [e["step"] for e in log]
     axes[0].plot(steps, [e["normalized_reconstruction"] for e in log], label="R / c_base")
