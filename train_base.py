@@ -46,7 +46,7 @@ class Config:
     lr: float = 0.01  # peak learning rate of Muon's matrices
     adamw_lr: float = 0.01  # peak learning rate of AdamW's parameters
     weight_decay: float = 0.01  # decoupled, as in AdamW
-    warmup: int = 50  # steps of linear warm-up; after them the rate falls linearly to 0
+    warmup: int = 50  # steps of linear warm-up; over all steps the rate falls linearly to 0
     eval_every: int = 500  # steps between validations
     eval_size: int = 256  # held-out records and samples a validation
     final_eval_size: int = 2000  # the same, after training
@@ -70,8 +70,13 @@ def make_task(name, sizes):
         return task
     except KeyError as e:
         fail(f"config key 'task_sizes': {e} is not in the vocabulary of {name}")
-    except (TypeError, ValueError, RecursionError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         fail(f"config key 'task_sizes': {e}")
+
+
+def check_optimizer(cfg):
+    if cfg.optimizer not in ("muon", "adamw"):
+        fail(f"config key 'optimizer' is 'muon' or 'adamw', got '{cfg.optimizer}'")
 
 
 def make_optimizers(model, cfg):
@@ -83,8 +88,6 @@ def make_optimizers(model, cfg):
              "fused": parallel.kind == "cuda"}
     if cfg.optimizer == "adamw":
         return [torch.optim.AdamW(matrices + others, **adamw)]
-    if cfg.optimizer != "muon":
-        fail(f"config key 'optimizer' is 'muon' or 'adamw', got '{cfg.optimizer}'")
     return [*(torch.optim.Muon([matrix], cfg.lr, weight_decay=cfg.weight_decay) for matrix in matrices),
             torch.optim.AdamW(others, **adamw)]
 
@@ -95,8 +98,8 @@ def set_lr(optimizers, fraction):
             group["lr"] = group.setdefault("peak_lr", group["lr"]) * fraction
 
 
-def trapezoid(step, steps, warmup):
-    """Share of the peak learning rate at `step`: linear warm-up, then linear decay to 0."""
+def warmup_and_decay(step, steps, warmup):
+    """Share of the peak learning rate at `step`: linear warm-up, under a linear decay to 0."""
     return min((step + 1) / warmup if warmup else 1.0, 1.0) * (1 - step / steps)
 
 
@@ -313,15 +316,27 @@ def check_finite(loss, parameters, step, terms, folder):
         fail(f"step {step + 1}: {'term ' + bad[0] if bad else 'a gradient'} is not finite; {kept}")
 
 
+def current_commit():
+    """The short hash of the commit that is checked out; "unknown" outside a repository, or without git."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                             cwd=os.path.dirname(__file__) or ".")
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+def result_of(config, metrics):
+    """What a result file holds: the metrics, and all that is needed to repeat the run."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+    return {"config": config, "seed": config["seed"], "commit": current_commit(), "versions": versions,
+            "metrics": metrics}
+
+
 def write_result(folder, config, metrics):
     """metrics.json, and result.json: the same with all that is needed to repeat the run."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                         cwd=os.path.dirname(__file__) or ".")
     write_json(os.path.join(folder, "metrics.json"), metrics)
-    write_json(os.path.join(folder, "result.json"), {
-        "config": config, "seed": config["seed"], "commit": git.stdout.strip() or "unknown",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
-        "metrics": metrics})
+    write_json(os.path.join(folder, "result.json"), result_of(config, metrics))
 
 
 @interruptible
@@ -333,6 +348,7 @@ def train(cfg, signals):
             fail(f"config key '{key}' must be at least 1, got {getattr(cfg, key)}")
     if cfg.n_embd % (2 * cfg.n_head):
         fail(f"config key 'n_embd' ({cfg.n_embd}) must be an even multiple of n_head ({cfg.n_head})")
+    check_optimizer(cfg)
     parallel.start(cfg.threads, cfg.device, cfg.precision)
     torch.manual_seed(cfg.seed)
     task = make_task(cfg.task, cfg.task_sizes)
@@ -360,7 +376,7 @@ def train(cfg, signals):
         first_step, start = state["step"], start - 60 * state["minutes"]
     bar = tqdm(range(first_step, cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
     for step in bar:
-        set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
+        set_lr(optimizers, warmup_and_decay(step, cfg.steps, cfg.warmup))
         # data are a function of (seed, step) alone
         records, starts = record_batch(task, tokenizer, mixture, random.Random(f"base {cfg.seed} {step}"), n_inputs,
                                        test=False)

@@ -24,6 +24,7 @@ import parallel
 from model import in_pieces
 from posterior import Posterior, cluster_responses, one_to_one_matching
 from tasks import Tokenizer
+from train_base import result_of
 
 
 def strategies_of(task, tokenizer, pairs):
@@ -83,7 +84,7 @@ def clusters(cfg):
     torch.manual_seed(cfg.seed)
     factorize.start_posterior(q, base, task, tokenizer, cfg, torch.zeros(K).log_softmax(dim=0))
     shares["linear_posterior"] = right(q(pairs).argmax(dim=1).detach())
-    print(json.dumps({"config": dataclasses.asdict(cfg), "seed": cfg.seed, "metrics": shares}, indent=1))
+    print(json.dumps(result_of(dataclasses.asdict(cfg), shares), indent=1))
 
 
 if __name__ == "__main__":

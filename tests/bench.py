@@ -39,7 +39,7 @@ from parallel import in_threads, sum_pieces
 from posterior import Posterior
 from tables import bench_table, profile_table
 from tasks import BOS, EOS, PAD, SPECIALS, TASKS, Tokenizer
-from train_base import load_base, record_batch, write_json
+from train_base import current_commit, load_base, record_batch, write_json
 
 try:
     import transformers
@@ -370,8 +370,7 @@ def main(config="configs/sorting_discrete.py"):
     rows, parts = {}, [*sizes, (bench_factorization, config), (bench_memory,)]
     for part, *more in tqdm(parts, disable=not sys.stdout.isatty()):
         part(*more, rows)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    result = {"machine": machine(), "commit": commit.stdout.strip() or "unknown", "rows": rows}
+    result = {"machine": machine(), "commit": current_commit(), "rows": rows}
     write_json(os.path.join(ROOT, "assets", "results", "bench.json"), result)
     print(bench_table(result))
 
