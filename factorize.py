@@ -3,7 +3,7 @@
     python factorize.py configs/sorting_discrete.py
 
 Trains the base first if its checkpoint is missing. Leaves out/sorting_discrete/ with ckpt.pt, config.json, log.jsonl,
-metrics.json, result.json and figures. The recipe has four stages:
+metrics.json, result.json and figures. The recipe has four stages, of which a continuous z skips the third:
     clusters           label a few thousand responses of the base (posterior.cluster_responses), fit a linear posterior
     held               the generator learns to use z, the posterior's labels standing still
     responsibilities   labels T = Sinkhorn(log p(y|x,z) / tau + alpha log q(z|x,y)) [1]
@@ -34,8 +34,8 @@ from model import GPT, Pairs, gaussian, log_likelihood, sample_pairs, score_late
 from parallel import add_up, gather, in_threads, seeded
 from posterior import Posterior, cluster_responses
 from tasks import Tokenizer
-from train_base import (check_finite, find_state, finish, interruptible, load_base, make_optimizers, make_task,
-                        open_run, restore, save_state, set_lr, stop, trapezoid)
+from train_base import (check_finite, check_optimizer, find_state, finish, interruptible, load_base, make_optimizers,
+                        make_task, open_run, restore, save_state, set_lr, stop, warmup_and_decay)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Config:
     chunks: int = 8  # pieces of a batch, sorted by length: little padding, and work for every thread; same gradient
     # stages
     slot_steps: int = 60  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
-    cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior starts at random
+    cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior's head is random
     cluster_responses: int = 12  # responses to each of them
     cluster_restarts: int = 192  # starts of the clustering, of which the best counts
-    held_steps: int = 300  # steps whose labels come from the posterior as it started
+    held_steps: int = 300  # steps whose labels come from the posterior as it started; rounded up to whole pools
     responsibility_steps: int = 350  # further steps with balanced responsibilities; the remaining ones train the ELBO
     tau: float = 0.5  # temperature of log p(y|x,z) in the responsibilities, and of the cells of a continuous z
     held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
@@ -62,24 +62,26 @@ class Config:
     posterior: str = "linear"  # "linear": frozen backbone, trained head; "full": both trained
     posterior_std: float = 0.3  # standard deviation of a continuous posterior as it starts
     z_samples: int = 1  # S, samples of a continuous z a pair, from the posterior
-    # objective J = R + beta KL + sum_i weight_i L_i of the ELBO; a term of weight 0 takes no part in it
+    # objective J = R + beta KL + sum_i weight_i L_i; a term of weight 0 takes no part in it
     normalize_reconstruction: bool = True  # divide R by c_base, the base's validation loss
-    beta: float = 0.1  # of KL(q || p)
+    beta: float = 0.1  # of KL(q || p), in the ELBO
+    # these, in every stage
     token_weighted_weight: float = 0.0  # of the token-weighted reconstruction
     posterior_entropy_weight: float = 0.0  # of H(q)
     router_support_weight: float = 0.1  # of the router's mass outside the latent tokens
     router_marginal_kl_weight: float = 0.0  # of KL(mean router || prior), or of one Gaussian for all x from N(0, I)
     jsd_weight: float = 0.0  # of minus the inter-latent Jensen-Shannon divergence
     posterior_variance_weight: float = 0.0  # of the mean variance of a continuous posterior
-    tiling_weight: float = 0.5  # of the reconstruction from a z ~ N(0, I) in the cell of the pair, z continuous
-    distillation_weight: float = 1.0  # of posterior and router towards the responsibilities, before the ELBO
+    # and these in one
+    tiling_weight: float = 0.5  # in a continuous ELBO, of the reconstruction from a z ~ N(0, I) in the cell of the pair
+    distillation_weight: float = 1.0  # before the ELBO, of posterior and router towards the labels, or of KL(q || p)
     # optimisation
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
     lr: float = 0.003  # peak learning rate of Muon's matrices
     adamw_lr: float = 3e-3  # peak learning rate of AdamW's parameters
     posterior_lr: float = 3e-3  # peak learning rate of the posterior, by AdamW
     weight_decay: float = 0.0  # decoupled, as in AdamW
-    warmup: int = 20  # steps of linear warm-up; after them the rate falls linearly to 0
+    warmup: int = 20  # steps of linear warm-up; over all steps the rate falls linearly to 0
     # evaluation
     eval_every: int = 100  # steps between looks at the alignment
     look_inputs: int = 64  # training inputs a look
@@ -178,7 +180,7 @@ def score_batch(model, batch, z, w, chunks, recompute=False):
 
 
 @torch.no_grad()
-def tile(q, pool, cfg, step, log_prior):
+def tile(q, pool, cfg, generator, log_prior):
     """Labels of a pool where z is continuous: mean and log variance of the posterior, and a z ~ N(0, I), (N, D) each.
 
     Draws of z are shared out among the corners, where the clusters began, as responsibilities are among latents: each
@@ -186,7 +188,6 @@ def tile(q, pool, cfg, step, log_prior):
     is nearest to. So the whole space is taken, in K cells that are the same for every x.
     """
     mean, log_var = q(pool)
-    generator = seeded(cfg.seed * 10**6 + step)
     z = torch.randn(8 * len(mean), cfg.z_dim, generator=generator)
     scores = -0.5 * torch.cdist(z, q.corners).square() / cfg.posterior_std ** 2  # log density of z at each corner
     log_t = losses.balanced_responsibilities(scores / cfg.tau, log_prior, iterations=300)  # (8 N, K)
@@ -251,14 +252,15 @@ def factorize(cfg, signals):
     score_name = "probe" if cfg.z_dim else "alignment"
     bar = tqdm(range(first_step, cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
     for step in bar:
-        set_lr(optimizers, trapezoid(step, cfg.steps, cfg.warmup))
+        set_lr(optimizers, warmup_and_decay(step, cfg.steps, cfg.warmup))
+        generator = seeded(cfg.seed * 10**6 + step)
         # pairs are sampled from the frozen base as they are needed, and never twice
         used = step * cfg.batch_size % cfg.pool_size
         rows = slice(used, used + cfg.batch_size)
         if used == 0:
             pool = draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
             if cfg.z_dim:
-                labels = tile(q, pool, cfg, step, log_prior)
+                labels = tile(q, pool, cfg, generator, log_prior)
             elif step < elbo_step:
                 labels = label(model, q, pool, cfg, step, log_prior)
         batch = pool.rows(rows)
@@ -266,7 +268,6 @@ def factorize(cfg, signals):
         # Before the ELBO the generator learns from labels, which no gradient flows through: from T, of which one z an
         # example estimates the reconstruction without bias and costs a K-th, or from a continuous z in the pair's cell.
         held, elbo = step < cfg.held_steps, float(step >= elbo_step)
-        generator = seeded(cfg.seed * 10**6 + step)
         if cfg.z_dim:
             mean, log_var, tiled = (label[rows] for label in labels)  # (B, D) each
             z, assignment = tiled[:, None], torch.zeros(cfg.batch_size, 1)
@@ -369,10 +370,15 @@ def get_base(cfg):
         print(f"{path} is missing: training the base model first (python train_base.py {cfg.base})", flush=True)
         train_base.train(base_cfg)
     base, task, checkpoint = load_base(path)
-    for key in ("task", "task_sizes", "strategy_weights", "n_layer", "n_head", "n_embd", "block_size"):
+    another_model = ("task", "task_sizes", "strategy_weights", "n_layer", "n_head", "n_embd", "block_size")
+    another_run = ("steps", "batch_size", "crop", "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "seed")
+    for key in another_model + another_run:
         if checkpoint["config"][key] != getattr(base_cfg, key):
-            fail(f"'{path}' was trained with {key} = {checkpoint['config'][key]!r}, but {cfg.base} says "
-                 f"{getattr(base_cfg, key)!r}; remove the checkpoint or change the config")
+            differs = (f"'{path}' was trained with {key} = {checkpoint['config'][key]!r}, but {cfg.base} says "
+                       f"{getattr(base_cfg, key)!r}")
+            if key in another_model:
+                fail(f"{differs}; remove the checkpoint or change the config")
+            print(f"{differs}: used as it is", flush=True)
     return base.requires_grad_(False).eval(), task, checkpoint
 
 
@@ -386,9 +392,11 @@ def check(cfg, K):
         fail(f"config key 'prior' takes {K} positive shares, each at least 0.0001 of their sum, got {cfg.prior}")
     if cfg.posterior not in ("linear", "full"):
         fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
+    check_optimizer(cfg)
     for key in ("steps", "batch_size", "pool_size", "chunks", "cluster_responses", "cluster_restarts", "eval_every",
                 "look_inputs", "eval_inputs", "eval_samples", "threads", "save_every", "z_samples"):
-        least = 2 if key in ("look_inputs", "eval_inputs") else 1  # a probe learns from one half, scored on the other
+        # a probe learns from one half of the inputs; clusters are of how the responses to an input differ
+        least = 2 if key in ("look_inputs", "eval_inputs", "cluster_responses") else 1
         if getattr(cfg, key) < least:
             fail(f"config key '{key}' must be at least {least}, got {getattr(cfg, key)}")
     if cfg.pool_size % cfg.batch_size:
@@ -407,4 +415,4 @@ def check(cfg, K):
 if __name__ == "__main__":
     run_folder = factorize(configs.load(sys.modules["__main__"], sys.argv[1:]))
     if parallel.leave():
-        evaluate.evaluate(run_folder)
+        evaluate.main([run_folder])

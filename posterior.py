@@ -139,7 +139,7 @@ def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, 
         few = u[:, :int(torch.randint(12, 29, (1,), generator=generator))]
         centroids = few[torch.randint(N, (1,), generator=generator)]
         while len(centroids) < len(log_prior):
-            distance = torch.cdist(few, centroids).min(dim=1).values.square()
+            distance = torch.cdist(few, centroids).min(dim=1).values.square().clamp(min=1e-12)  # all may be the same
             centroids = torch.cat((centroids, few[torch.multinomial(distance, 1, generator=generator)]))
         falling = [4.0 * 0.05 ** (i / 19) for i in range(20)]
         t, _ = constrained_kmeans(few, centroids, falling, x_index, log_p, weight, log_prior)

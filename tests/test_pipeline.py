@@ -6,6 +6,7 @@ import math
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import factorize
 import figures
 import train_base
 from conftest import ROOT
+from parallel import seeded
 
 SHORT = ["configs/tiny_discrete.py", "--steps=4", "--held_steps=1", "--responsibility_steps=2", "--eval_every=2",
          "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2", "--pool_size=32",
@@ -177,12 +179,12 @@ def test_tiling_shares_the_whole_prior_out_and_every_pair_gets_a_z_of_its_cell()
         return mean, torch.full((n, 1), -1.0)
 
     q.corners = torch.tensor([[-1.0], [1.0]])
-    got_mean, log_var, z = factorize.tile(q, None, cfg, 0, prior.log())
+    got_mean, log_var, z = factorize.tile(q, None, cfg, seeded(0), prior.log())
     assert torch.equal(got_mean, mean) and (log_var == -1).all()
     assert z.mean().abs() < 0.15 and abs(z.std() - 1) < 0.1 and len(z.unique()) > 400
     quartile = torch.distributions.Normal(0.0, 1.0).icdf(prior[0])
     assert ((z > quartile) == (mean > 0)).float().mean() > 0.97
-    assert not torch.equal(z, factorize.tile(q, None, cfg, 8, prior.log())[2])
+    assert not torch.equal(z, factorize.tile(q, None, cfg, seeded(8), prior.log())[2])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -367,6 +369,23 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
         os.rename("out/moved", "out/reference")
 
 
+def test_a_log_of_another_run_is_not_drawn(reference, capsys):
+    """As while a run starts again in the folder of a finished one: its log is cut, and not of the checkpoint."""
+    shutil.copytree("out/reference", "out/again", dirs_exist_ok=True)
+    for text in ("", '{"step": 1, "minu', '{"step": 1, "minutes": 0.0}\n'):
+        with open("out/again/log.jsonl", "w") as f:
+            f.write(text)
+        evaluate.main(["out/again"])
+        assert "no training.png" in capsys.readouterr().out
+
+
+def test_a_result_without_git_says_so(monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError("git")
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert train_base.result_of({"seed": 3}, {})["commit"] == "unknown"
+
+
 def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch):
     import tasks
     _, base, task, tokenizer, model, q = evaluate.load_run("out/reference")
@@ -376,11 +395,11 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
         found = itertools.cycle(answers)
         monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: next(found))
         metrics = evaluate.held_out(model, q, base, task, tokenizer, xs, 8, 1.0, seed=0)[0]
-        return metrics["nll_gap_of_valid"], metrics["nll"] - metrics["base_nll"]
+        return metrics.get("nll_gap_of_valid"), metrics["nll"] - metrics["base_nll"]
 
     first, second = "right-first", "down-first"
     assert gap([first, second])[0] == pytest.approx(gap([first, second])[1], abs=1e-4)
-    assert gap([None, None])[0] == 0
+    assert gap([None, None])[0] is None
     assert (gap([first, None])[0] + gap([None, first])[0]) / 2 == pytest.approx(gap([first, first])[1], abs=1e-4)
 
 
@@ -459,6 +478,11 @@ def test_local_coverage_counts_distinct_strategies_among_the_first_k():
     (["train_base.py", "configs/tiny_base.py", "--optimizer=sgd"], "'muon' or 'adamw', got 'sgd'"),
     (["train_base.py", "--steps=3"], "the first argument is a config file"),
     (["factorize.py", "configs/tiny_discrete.py", "--eval_inputs=0"], "'eval_inputs' must be at least 2"),
+    (["factorize.py", "configs/tiny_discrete.py", "--cluster_responses=1"], "'cluster_responses' must be at least 2"),
+    (["factorize.py", "configs/tiny_discrete.py", "--optimizer=sgd"], "'optimizer' is 'muon' or 'adamw'"),
+    (["train_base.py", "configs/addition_base.py", "--task_sizes={'max_digits': 1}"], "has no input on which all"),
+    (["train_base.py", "configs/equation_base.py", "--task_sizes={'max_root': 1e999}"], "task_sizes"),
+    (["evaluate.py", "out/reference", "--show=²"], "unknown or incomplete flag"),
     (["factorize.py", "configs/tiny_discrete.py", "--pool_size=100"], "(100) must be a multiple of batch_size"),
     (["evaluate.py", "out/nothing"], "does not exist"),
     (["evaluate.py", "out/tiny_base"], "is no factorization checkpoint"),
@@ -556,6 +580,11 @@ def test_a_foreign_base_checkpoint_is_one_line(reference):
             own.write(f.read())
         with pytest.raises(SystemExit, match=words):
             run("of_foreign", "--base=foreign.py")
+
+
+def test_a_base_of_another_run_is_used_with_a_word_about_it(reference, capsys):
+    factorize.get_base(configs.load(factorize, SHORT))
+    assert "was trained with steps = 160, but configs/tiny_base.py says 240: used" in capsys.readouterr().out
 
 
 def test_a_config_file_error_names_the_file(workplace, tmp_path):
