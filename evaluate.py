@@ -24,7 +24,7 @@ from configs import fail
 from model import GPT, GPTConfig, gaussian, in_pieces, log_likelihood, pad, sample_pairs
 from parallel import seeded
 from posterior import Posterior, one_to_one_matching
-from tasks import PAD, Tokenizer, Y_END
+from tasks import Tokenizer
 from train_base import build_base, load_checkpoint, sample_ys, score_answers, write_result
 
 
@@ -244,7 +244,7 @@ def look(model, q, task, tokenizer, pool, xs, seed):
     z, ys = router_sampled(model, task, tokenizer, xs, 16, seeded(seed))
     found = [task.attribute(x, y) for x, y in zip([x for x in xs for _ in range(16)], ys)]
     coverage, full_coverage = local_coverage(found, 16, 16, len(task.strategies))
-    pool_xs = [tokenizer.decode(row[2:start - 2]) for row, start in zip(pool.ids.tolist(), pool.starts.tolist())]
+    pool_xs = inputs(tokenizer, pool)
     labels = indices(task, [task.attribute(x, y) for x, y in zip(pool_xs, solutions(tokenizer, pool))])
     first = {tuple(x): i for i, x in enumerate(pool_xs)}  # an input drawn twice is one input
     return {"local_strategy_coverage_mean": coverage, "local_strategy_full_coverage_rate": full_coverage,
@@ -289,10 +289,14 @@ def decodability(base, task, tokenizer, xs, responses, seed):
     return positions, accuracy, torch.tensor(chance)
 
 
+def inputs(tokenizer, pairs):
+    """The x of every pair, as tokens."""
+    return [tokenizer.decode(row[2:start - 2]) for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
+
+
 def solutions(tokenizer, pairs):
     """The y of every pair, as tokens without </y>."""
-    rows = [row[start:] for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
-    return [tokenizer.decode(row[:row.index(Y_END)] if Y_END in row else [i for i in row if i != PAD]) for row in rows]
+    return [tokenizer.solution(row[start:]) for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
 
 
 def read_log(folder):

@@ -49,7 +49,8 @@ class Config:
     batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: int = 512  # pairs sampled at a time; each is used once
     chunks: int = 8  # pieces of a batch, sorted by length: little padding, and work for every thread; same gradient
-    # stages
+    # stages; responsibility_steps, held_alpha and alpha play no part where z is continuous, posterior_std and z_samples
+    # none where it is discrete
     slot_steps: int = 60  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior's head is random
     cluster_responses: int = 12  # responses to each of them
@@ -84,9 +85,9 @@ class Config:
     warmup: int = 20  # steps of linear warm-up; over all steps the rate falls linearly to 0
     # evaluation
     eval_every: int = 100  # steps between looks at the alignment
-    look_inputs: int = 64  # training inputs a look
+    look_inputs: int = 64  # training inputs a look; of these at most 32 where z is continuous
     eval_inputs: int = 256  # different test inputs, as many as the task has
-    eval_samples: int = 8  # router samples an input
+    eval_samples: int = 8  # router samples an input, or K if that is more; 16 where z is continuous
     seed: int = 0  # of weights, data and clusters
     threads: int = 2  # CPU threads
     device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there

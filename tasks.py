@@ -61,6 +61,10 @@ class Tokenizer:
         """Ids of <bos> <x> ... </x> <z>, after which the router names a latent."""
         return [BOS, X, *self.encode(x), X_END, Z]
 
+    def solution(self, ids):
+        """The tokens of a y that `ids` begin with: up to </y>, or all of them where it never ends."""
+        return self.decode(ids[:ids.index(Y_END)] if Y_END in ids else [i for i in ids if i != PAD])
+
     def record(self, x, y):
         """Ids of the canonical record <bos> <x> ... </x> <y> ... </y> <eos>."""
         return [*self.prompt(x), *self.encode(y), Y_END, EOS]

@@ -25,7 +25,7 @@ import parallel
 from configs import fail
 from model import GPT, GPTConfig, pad, sample_in_batches, score_base
 from parallel import in_threads, seeded, sum_pieces
-from tasks import PAD, TASK_FUNCTIONS, TASKS, Tokenizer, Y_END
+from tasks import TASK_FUNCTIONS, TASKS, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +144,8 @@ def score_answers(task, xs, ys):
 
 def sample_ys(model, tokenizer, prompts, generator, temperature=1.0, z=None):
     """One sampled y (list of tokens, without </y>) for every prompt."""
-    ys = []
-    for ids, _ in sample_in_batches(model, prompts, generator, temperature, z):
-        ids = ids.tolist()
-        ys.append(tokenizer.decode(ids[:ids.index(Y_END)] if Y_END in ids else [t for t in ids if t != PAD]))
-    return ys
+    samples = sample_in_batches(model, prompts, generator, temperature, z)
+    return [tokenizer.solution(ids.tolist()) for ids, _ in samples]
 
 
 def write(path, fill):

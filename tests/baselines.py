@@ -29,9 +29,8 @@ from train_base import result_of
 
 def strategies_of(task, tokenizer, pairs):
     """(N,) index of the strategy of every pair, the nearest one where y follows none."""
-    xs = [tokenizer.decode(row[2:start - 2]) for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
-    return torch.tensor([task.strategies.index(task.nearest_strategy(x, y))
-                         for x, y in zip(xs, evaluate.solutions(tokenizer, pairs))])
+    both = zip(evaluate.inputs(tokenizer, pairs), evaluate.solutions(tokenizer, pairs))
+    return torch.tensor([task.strategies.index(task.nearest_strategy(x, y)) for x, y in both])
 
 
 def supervised(cfg):
