@@ -21,7 +21,7 @@ import figures
 import losses
 import parallel
 from configs import fail
-from model import GPT, GPTConfig, gaussian, in_pieces, log_likelihood, pad, sample_pairs
+from model import GPT, GPTConfig, Pairs, gaussian, in_pieces, log_likelihood, pad, sample_pairs, score_base
 from parallel import seeded
 from posterior import Posterior, one_to_one_matching
 from tasks import Tokenizer
@@ -134,6 +134,26 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
         metrics |= {"local_strategy_coverage_mean": coverage, "local_strategy_full_coverage_rate": full_coverage}
     metrics["sampled_strategy_total_variation"] = sum(abs(a - b) for a, b in zip(*shares)) / 2
     return metrics, *shares, z, strategies[0]
+
+
+@torch.no_grad()
+def strategy_probabilities(model, base, task, tokenizer, xs):
+    """p(y|x) of the trace of every strategy on every x, not sampled: of the base and of the factorization, (N, S)
+    each."""
+    S = len(task.strategies)
+    records = [tokenizer.record(x, task.trace(x, s)) for x in xs for s in task.strategies]
+    starts = torch.tensor([len(tokenizer.prompt(x)) for x in xs for _ in task.strategies])
+    pairs = Pairs(pad(records), starts, torch.zeros(len(records), max(map(len, records))))
+    log_base = in_pieces(lambda piece: -score_base(base, piece.ids, piece.starts).sum(dim=1), pairs)
+    logp_z = router(model, tokenizer, xs).repeat_interleave(S, dim=0)
+    log_model = (logp_z + log_likelihood(model, pairs)).logsumexp(dim=1)
+    return log_base.exp().view(-1, S), log_model.exp().view(-1, S)
+
+
+def total_variation(p, q):
+    """Between the strategies' shares p and q of every x: (N, S), (N, S) -> (N,). What a row lacks of 1 is the share of
+    no strategy."""
+    return ((p - q).abs().sum(dim=1) + (p.sum(dim=1) - q.sum(dim=1)).abs()) / 2
 
 
 @torch.enable_grad()
@@ -321,7 +341,10 @@ def evaluate(folder, seed=0):
     likelihood, labels, posterior = held_out(model, q, base, task, tokenizer, xs, 4 * cfg["eval_inputs"],
                                              checkpoint["base"]["c_base"], seed)
     metrics |= likelihood
-    if D:
+    if not D:
+        shares_by_x = strategy_probabilities(model, base, task, tokenizer, xs)
+        metrics["strategy_total_variation_per_input"] = total_variation(*shares_by_x).mean().item()
+    else:
         metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
     metrics |= {"test_inputs": len(xs), "minutes": checkpoint["minutes"],

@@ -369,6 +369,26 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
         os.rename("out/moved", "out/reference")
 
 
+def test_a_router_that_chooses_by_x_has_the_shares_of_the_base_but_not_on_any_x():
+    one_hot, uniform = torch.eye(3), torch.full((3, 3), 1 / 3)
+    assert torch.allclose(one_hot.mean(dim=0), uniform[0])
+    assert evaluate.total_variation(one_hot, uniform).tolist() == pytest.approx(3 * [2 / 3])
+    assert evaluate.total_variation(0.9 * uniform, uniform).tolist() == pytest.approx(3 * [0.1])  # a tenth is no trace
+
+
+def test_strategy_probabilities_are_the_shares_of_samples(reference):
+    """Of 2048 samples for one x, from the base and from router and generator, within 5 standard errors."""
+    _, base, task, tokenizer, model, _ = evaluate.load_run("out/reference")
+    x, = evaluate.different_inputs(task, 1, test=True)
+    generator = seeded(0)
+    ys = (train_base.sample_ys(base, tokenizer, 2048 * [tokenizer.prompt(x)], generator),
+          evaluate.router_sampled(model, task, tokenizer, [x], 2048, generator)[1])
+    for p, sampled in zip(evaluate.strategy_probabilities(model, base, task, tokenizer, [x]), ys):
+        found = [task.attribute(x, y) for y in sampled]
+        for share, s in zip(p[0].tolist(), task.strategies):
+            assert abs(found.count(s) / 2048 - share) < 5 * math.sqrt(share * (1 - share) / 2048) + 1e-3
+
+
 def test_a_log_of_another_run_is_not_drawn(reference, capsys):
     """As while a run starts again in the folder of a finished one: its log is cut, and not of the checkpoint."""
     shutil.copytree("out/reference", "out/again", dirs_exist_ok=True)
