@@ -219,20 +219,20 @@ def discrete_fidelity(model, pairs, logq, logp_z, labels, S):
             "posterior_mutual_information": (-(marginal_q.exp() * marginal_q).sum() - entropy).item()}
 
 
-def continuous_fidelity(model, pairs, posterior, p, seed, samples=32):
-    """Half of the samples behind the importance-weighted bound come from the posterior, half from the router, and every
-    one is weighted as a sample of the mixture of both."""
-    generator = seeded(seed)
-    half = (len(pairs.ids), samples // 2, model.config.z_dim)
+def continuous_fidelity(model, pairs, posterior, p, seed, of_posterior=8, of_router=56):
+    """The samples behind the importance-weighted bound are those of posterior and router together, and every one is
+    weighted as a sample of this mixture. Most come from the router: many z outside the posterior give y, too, and while
+    few of them are met, the bound is loose. A few of the posterior see to it that some z gives y."""
+    generator, samples = seeded(seed), of_posterior + of_router
     q, p = ([part[:, None] for part in gauss] for gauss in (posterior, p))
-    z = torch.cat([mean + (0.5 * log_var).exp() * torch.randn(half, generator=generator)
-                   for mean, log_var in (q, p)], dim=1)  # (n, samples, D)
+    z = torch.cat([mean + (0.5 * log_var).exp() * torch.randn(len(mean), n, mean.shape[2], generator=generator)
+                   for (mean, log_var), n in ((q, of_posterior), (p, of_router))], dim=1)  # (n, samples, D)
     logp_y = log_likelihood(model, pairs, z)  # (n, samples)
     log_q, log_p = (-0.5 * ((z - mean).square() / log_var.exp() + log_var + math.log(2 * math.pi)).sum(dim=2)
                     for mean, log_var in (q, p))
-    weight = log_p - torch.logaddexp(log_q, log_p) + math.log(2)
-    return {"nll": -losses.importance_weighted_bound(logp_y, weight),
-            "reconstruction": -logp_y[:, :samples // 2].mean().item(), "importance_samples": samples,
+    mixture = torch.logaddexp(log_q + math.log(of_posterior / samples), log_p + math.log(of_router / samples))
+    return {"nll": -losses.importance_weighted_bound(logp_y, log_p - mixture),
+            "reconstruction": -logp_y[:, :of_posterior].mean().item(), "importance_samples": samples,
             "kl": losses.gaussian_kl(*posterior, *(part[:, 0] for part in p)).mean().item(),
             "posterior_variance": losses.posterior_variance(posterior[1]).mean().item()}
 

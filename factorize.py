@@ -49,15 +49,15 @@ class Config:
     batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: int = 512  # pairs sampled at a time; each is used once
     chunks: int = 8  # pieces of a batch, sorted by length: little padding, and work for every thread; same gradient
-    # stages; responsibility_steps, held_alpha and alpha play no part where z is continuous, posterior_std and z_samples
-    # none where it is discrete
+    # stages; responsibility_steps, tau, held_alpha and alpha play no part where z is continuous, posterior_std and
+    # z_samples none where it is discrete
     slot_steps: int = 60  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior's head is random
     cluster_responses: int = 12  # responses to each of them
     cluster_restarts: int = 192  # starts of the clustering, of which the best counts
     held_steps: int = 300  # steps whose labels come from the posterior as it started; rounded up to whole pools
     responsibility_steps: int = 350  # further steps with balanced responsibilities; the remaining ones train the ELBO
-    tau: float = 0.5  # temperature of log p(y|x,z) in the responsibilities, and of the cells of a continuous z
+    tau: float = 0.5  # temperature of log p(y|x,z) in the responsibilities
     held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
     alpha: float = 2.0  # weight of log q(z|x,y) in the responsibilities
     posterior: str = "linear"  # "linear": frozen backbone, trained head; "full": both trained
@@ -181,19 +181,14 @@ def score_batch(model, batch, z, w, chunks, recompute=False):
 
 
 @torch.no_grad()
-def tile(q, pool, cfg, generator, log_prior):
-    """Labels of a pool where z is continuous: mean and log variance of the posterior, and a z ~ N(0, I), (N, D) each.
-
-    Draws of z are shared out among the corners, where the clusters began, as responsibilities are among latents: each
-    to a corner that is near, to each corner its share of the prior. A pair gets a draw of the corner that its posterior
-    is nearest to. So the whole space is taken, in K cells that are the same for every x.
-    """
+def tile(q, pool, cfg, generator):
+    """Labels of a pool where z is continuous: mean and log variance of the posterior, and a z ~ N(0, I) out of the cell
+    that the mean is in (Posterior.cell), (N, D) each. So the whole space is taken, in the same way for every x."""
     mean, log_var = q(pool)
     z = torch.randn(8 * len(mean), cfg.z_dim, generator=generator)
-    scores = -0.5 * torch.cdist(z, q.corners).square() / cfg.posterior_std ** 2  # log density of z at each corner
-    log_t = losses.balanced_responsibilities(scores / cfg.tau, log_prior, iterations=300)  # (8 N, K)
-    corner = torch.cdist(mean, q.corners).argmin(dim=1)
-    return mean, log_var, z[torch.multinomial(log_t.exp().T[corner], 1, generator=generator)[:, 0]]
+    same = q.cell(mean)[:, None] == q.cell(z)  # (N, 8 N)
+    same |= ~same.any(dim=1, keepdim=True)  # no draw in a cell: any will do
+    return mean, log_var, z[torch.multinomial(same.float(), 1, generator=generator)[:, 0]]
 
 
 @torch.no_grad()
@@ -261,7 +256,7 @@ def factorize(cfg, signals):
         if used == 0:
             pool = draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
             if cfg.z_dim:
-                labels = tile(q, pool, cfg, generator, log_prior)
+                labels = tile(q, pool, cfg, generator)
             elif step < elbo_step:
                 labels = label(model, q, pool, cfg, step, log_prior)
         batch = pool.rows(rows)
@@ -348,7 +343,7 @@ def factorize(cfg, signals):
                        minutes=(time.time() - start) / 60)
             stop(received, cfg, step + 1)
     finish(folder, log, {
-        "kind": "factorization", "version": 1, "config": dataclasses.asdict(cfg), "base": base_checkpoint,
+        "kind": "factorization", "version": train_base.VERSIONS["factorization"], "config": dataclasses.asdict(cfg), "base": base_checkpoint,
         "model_config": vars(model.config), "model": model.state_dict(), "posterior": q.state_dict(),
         "minutes": (time.time() - start) / 60, "last_log": entry,
         "start_nll_error": start_nll_error})

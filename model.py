@@ -85,7 +85,9 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.compiled = []  # the blocks once more, if compile() was called
         if config.z_dim:
-            self.embed_z = nn.Linear(config.z_dim, config.n_embd, bias=False)  # E(z)
+            # E(z): one linear map would leave it to the blocks to tell apart what z means on two sides of a border
+            self.embed_z = nn.Sequential(nn.Linear(config.z_dim, 4 * config.n_embd), nn.GELU(),
+                                         nn.Linear(4 * config.n_embd, config.n_embd, bias=False))
             self.gaussian_router = nn.Linear(config.n_embd, 2 * config.z_dim)
         hs = config.n_embd // config.n_head
         angles = torch.arange(config.block_size)[:, None] * 10000.0 ** (-torch.arange(0, hs, 2) / hs)
@@ -180,7 +182,10 @@ class GPT(nn.Module):
             slot = weight[Z_EMPTY]
             weight[config.vocab_size - n_latents:] = slot + 0.1 * slot.std() * torch.randn(n_latents, config.n_embd)
             if z_dim:
-                model.embed_z.weight.normal_(std=0.1 * slot.std().item())
+                hidden, _, out = model.embed_z
+                nn.init.normal_(hidden.weight)  # z is N(0, I): hidden units bend all over its space
+                nn.init.normal_(hidden.bias)
+                nn.init.normal_(out.weight, std=0.1 * slot.std().item() / math.sqrt(out.in_features))
         return model.requires_grad_(True)
 
 

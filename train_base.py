@@ -27,6 +27,8 @@ from model import GPT, GPTConfig, pad, sample_in_batches, score_base
 from parallel import in_threads, seeded, sum_pieces
 from tasks import TASK_FUNCTIONS, TASKS, Tokenizer
 
+VERSIONS = {"base": 1, "factorization": 2, "state": 2}  # of what a checkpoint of each kind holds; no other is read
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -243,7 +245,7 @@ def save_state(folder, log, cfg, step, model, optimizers, **more):
     with open(log.name) as f:
         log_lines = len(f.readlines())
     save(os.path.join(folder, "state.pt"), {
-        "kind": "state", "version": 1, "config": dataclasses.asdict(cfg), "step": step, "log_lines": log_lines,
+        "kind": "state", "version": VERSIONS["state"], "config": dataclasses.asdict(cfg), "step": step, "log_lines": log_lines,
         "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], **more})
 
 
@@ -283,8 +285,8 @@ def load_checkpoint(path, kind):
     got = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
     if got != kind:
         fail(f"'{path}' is no {kind} checkpoint" + f", but a {got} checkpoint" * bool(got))
-    if checkpoint["version"] != 1:
-        fail(f"'{path}' has format version {checkpoint['version']}, this code reads version 1")
+    if checkpoint["version"] != VERSIONS[kind]:
+        fail(f"'{path}' has format version {checkpoint['version']}, this code reads version {VERSIONS[kind]}")
     return checkpoint
 
 
@@ -412,7 +414,7 @@ def train(cfg, signals):
             stop(received, cfg, step + 1)
     write_result(folder, dataclasses.asdict(cfg), scores)
     finish(folder, log, {
-        "kind": "base", "version": 1, "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
+        "kind": "base", "version": VERSIONS["base"], "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
         "model": model.state_dict(), "vocab": list(task.vocab), "c_base": scores["nll"]})
 
 

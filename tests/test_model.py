@@ -238,6 +238,7 @@ def continuous(model, z_dim=3):
     model = GPT(GPTConfig(VOCAB, 0, 24, 2, 2, 16, z_dim=z_dim))
     for p in model.parameters():
         p.data.mul_(12)
+    model.embed_z[0].weight.data.normal_()
     return model.requires_grad_(False)
 
 
@@ -248,8 +249,7 @@ def test_z_changes_the_embedding_of_its_slot_and_nothing_else(model):
     plain, shifted = model.hidden_states(ids), model.hidden_states(ids, z=z)
     changed = (shifted[0] - plain[0]).abs().sum(dim=2)[0] > 0
     assert changed.nonzero().tolist() == [[5]]
-    assert torch.equal(model.hidden_states(ids, z=0 * z)[-1], plain[-1])
-    model.embed.weight[Z_EMPTY] += model.embed_z.weight @ z[0]
+    model.embed.weight[Z_EMPTY] += model.embed_z(z[0])
     assert torch.allclose(model.hidden_states(ids)[-1], shifted[-1], atol=1e-5)
 
 
@@ -259,13 +259,16 @@ def test_sampling_under_a_continuous_z_scores_like_an_uncached_pass(model):
     some = [[*p[:-1], Z, Z_EMPTY, Z_END, Y] for p in prompts(7)]
     z = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
     found = sample_in_batches(model, some, torch.Generator().manual_seed(0), z=z, batch=3)
+    compared = 0
     for p, vector, (tokens, logp) in zip(some, z, found):
         tokens = tokens.tolist()  # this random model also samples <pad> and a second <z_empty>: until there
         tokens = tokens[:min(tokens.index(end) for end in (PAD, Z_EMPTY, tokens[-1]) if end in tokens)]
         ids = torch.tensor([p + tokens])
         want = model(ids, z=vector[None]).log_softmax(dim=-1)[0, len(p) - 1:-1].gather(1, ids[0, len(p):, None])[:, 0]
-        assert len(want) and torch.allclose(logp[:len(want)], want, atol=1e-4)
+        assert torch.allclose(logp[:len(want)], want, atol=1e-4)
+        compared += len(want)
         assert not torch.allclose(model(ids)[0, len(p) - 1:], model(ids, z=vector[None])[0, len(p) - 1:], atol=1e-2)
+    assert compared > 10
 
 
 def test_a_standard_deviation_is_bounded_whatever_comes_in():
@@ -288,3 +291,15 @@ def test_the_corners_of_a_posterior_have_unit_variance_and_equal_distances(train
     assert torch.allclose((mean.var(dim=0) + log_var.exp()[0])[:3], torch.ones(3), atol=0.05)
     assert torch.allclose((0.5 * log_var[0]).exp(), torch.tensor([0.5, 0.5, 0.5, 1, 1]), atol=1e-3)
     assert mean[:, 3:].abs().max() < 0.05
+
+
+@pytest.mark.parametrize("responses", [(100, 100, 100), (240, 120, 40)])
+def test_a_cell_takes_as_much_of_space_as_its_cluster_of_the_responses(trained, responses):
+    """Also where clusters are of different sizes; a corner is in its own cell."""
+    q = Posterior(trained[0], 3, z_dim=2)
+    cluster = torch.arange(3).repeat_interleave(torch.tensor(responses))
+    features = torch.zeros(len(cluster), q.head.in_features)
+    q.fit_head(features, F.one_hot(cluster, 3).float().log().clamp(min=-50), torch.ones(len(cluster)), steps=1)
+    share = q.cell(torch.randn(20000, 2, generator=torch.Generator().manual_seed(1))).bincount(minlength=3) / 20000
+    assert torch.allclose(share, torch.tensor(responses) / len(cluster), atol=0.015), share
+    assert q.cell(q.corners).tolist() == [0, 1, 2]

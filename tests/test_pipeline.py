@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -169,22 +170,23 @@ def test_labels_are_the_posteriors_while_held_and_the_generators_afterwards(work
     assert torch.allclose(later.exp(), want.exp(), atol=1e-3) and logp.std() > 0.1 and logq.std() > 0.1
 
 
-def test_tiling_shares_the_whole_prior_out_and_every_pair_gets_a_z_of_its_cell():
-    """Corners at -1 and +1, of a quarter and three quarters of the prior: the cells of N(0, 1) meet at its quartile."""
-    n, prior = 512, torch.tensor([0.25, 0.75])
+def test_tiling_fills_the_prior_and_every_pair_gets_a_z_of_its_cell():
+    """Two cells of N(0, 1) that meet at its quartile, and a quarter of the pairs in the smaller one."""
+    n, quartile = 512, -0.674
     mean = torch.tensor([1.1, 0.8, 0.9, -1.0]).repeat(n // 4)[:, None]
     cfg = configs.load(factorize, [*SHORT, "--z_dim=1"])
 
     def q(pool):
         return mean, torch.full((n, 1), -1.0)
 
-    q.corners = torch.tensor([[-1.0], [1.0]])
-    got_mean, log_var, z = factorize.tile(q, None, cfg, seeded(0), prior.log())
+    q.cell = lambda z: (z[:, 0] > quartile).long()
+    got_mean, log_var, z = factorize.tile(q, None, cfg, seeded(0))
     assert torch.equal(got_mean, mean) and (log_var == -1).all()
     assert z.mean().abs() < 0.15 and abs(z.std() - 1) < 0.1 and len(z.unique()) > 400
-    quartile = torch.distributions.Normal(0.0, 1.0).icdf(prior[0])
-    assert ((z > quartile) == (mean > 0)).float().mean() > 0.97
-    assert not torch.equal(z, factorize.tile(q, None, cfg, seeded(8), prior.log())[2])
+    assert ((z > quartile) == (mean > 0)).all()
+    assert not torch.equal(z, factorize.tile(q, None, cfg, seeded(8))[2])
+    q.cell = lambda z: torch.arange(len(z))  # cells that no draw is in
+    assert factorize.tile(q, None, cfg, seeded(0))[2].isfinite().all()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -221,20 +223,39 @@ def test_the_gradient_reaches_a_continuous_z_through_pieces(workplace):
     pairs = factorize.draw_pairs(base, task, factorize.Tokenizer(task.vocab), 10, 1, "gradient")
     model = base.with_latents(0, pairs, steps=1, z_dim=3)
     generator = torch.Generator().manual_seed(0)
-    model.embed_z.weight.data.normal_(generator=generator)
+    for layer in (model.embed_z[0], model.embed_z[2]):
+        layer.weight.data.normal_(generator=generator)
     mean, noise, w = torch.randn(10, 3, generator=generator), torch.randn(10, 2, 3, generator=generator), pairs.b
     example = torch.arange(1.0, 11.0)
     pieces, whole = mean.clone().requires_grad_(), mean.clone().requires_grad_()
     (logp_y, *_), backward = factorize.score_batch(model, pairs, pieces[:, None] + noise, w, chunks=3)
     (logp_y.sum(dim=1) * example).sum().backward(retain_graph=True)
     backward()
-    got = [p.grad.clone() for p in (pieces, model.embed_z.weight, model.head.weight)]
+    got = [p.grad.clone() for p in (pieces, model.embed_z[0].weight, model.head.weight)]
     model.zero_grad()
     token_nll, _, _ = factorize.score_latents(model, pairs.ids, pairs.starts, whole[:, None] + noise)
     (-token_nll.sum(dim=2).sum(dim=1) * example).sum().backward()
-    want = [p.grad for p in (whole, model.embed_z.weight, model.head.weight)]
+    want = [p.grad for p in (whole, model.embed_z[0].weight, model.head.weight)]
     assert got[0].abs().sum() > 0
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()) for a, b in zip(got, want))
+
+
+def test_the_bound_is_the_same_whoever_the_samples_come_from(workplace, monkeypatch):
+    """Many samples, most of them from a posterior that is narrower than the router and beside it, or hardly any: each
+    is weighted as one of the mixture, and both bounds are the log of the same integral."""
+    def log_likelihood(model, pairs, z):
+        return -2 * (z - torch.tensor([0.5, -0.5])).square().sum(dim=2)
+
+    monkeypatch.setattr(evaluate, "log_likelihood", log_likelihood)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(z_dim=2))
+    q = torch.tensor([[0.4, -0.2], [1.0, 0.5]]), torch.full((2, 2), -1.0)
+    p = torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 2)
+    # p(y) = integral of N(z; mean, I) exp(-2 |z - c|^2) = prod_d exp(-2 (mean - c)^2 / 5) / sqrt(5)
+    want = math.log(5) + 0.4 * (p[0] - torch.tensor([0.5, -0.5])).square().sum(dim=1)
+    for of_posterior, of_router in ((8, 56), (4000, 1000), (100, 20000)):
+        found = evaluate.continuous_fidelity(model, None, q, p, 0, of_posterior, of_router)
+        close = 0.5 if of_router == 56 else 0.05
+        assert found["importance_samples"] == of_posterior + of_router and torch.allclose(found["nll"], want, atol=close)
 
 
 CONTINUOUS = ["--z_dim=2", "--steps=4", "--held_steps=2"]
