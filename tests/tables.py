@@ -2,6 +2,7 @@
 
     python tests/tables.py           # rewrites README.md between its <!-- table: ... --> marks
 """
+import dataclasses
 import glob
 import json
 import os
@@ -11,7 +12,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-TASKS = ("summation", "sorting", "grid", "equation", "base_conversion", "addition")
+import factorize
 
 
 def results(pattern):
@@ -64,9 +65,51 @@ CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z
               "sampled_strategy_total_variation": "TV"}
 
 
-def runs_table(pattern, keys):
+VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on which the recipe is taken apart
+VARIANTS = {  # of the recipe: <task>_<variant>_seed<n>.json
+    "discrete": "the recipe", "held": "no responsibilities", "full_posterior": "the posterior's backbone trains, too",
+    "no_clusters": "no clusters", "elbo": "plain ELBO", "elbo_beta_0.03": "... another beta",
+    "elbo_beta_0.3": "...", "elbo_beta_1": "...", "elbo_token_weighted": "... with token weights",
+    "elbo_jsd": "... inter-latent JSD", "elbo_entropy": "... posterior entropy",
+    "elbo_marginal": "... router marginal KL", "elbo_support": "... router support", "elbo_all": "... all five"}
+
+
+def variant_of(name):
+    """(variant, task) of a result file's name, or None."""
+    match = re.fullmatch(rf"({'|'.join(VARIED)})_(.+)_seed\d+", name)
+    return (match[2], match[1]) if match and match[2] in VARIANTS else None
+
+
+def variants_table():
+    """The recipe and its variants: how many seeds, what is set otherwise, and on each task alignment and coverage."""
+    runs, rows = {}, []
+    for name, result in (results("*_discrete_seed*.json") | results("ablations/*.json")).items():
+        if variant_of(name):
+            variant, task = variant_of(name)
+            runs.setdefault(variant, {}).setdefault(task, []).append(result)
+
+    def flags(result, default):
+        changed = [f"--{key}={value}" for key, value in result["config"].items() if value != default.get(key, value)]
+        return " ".join(flag for flag in changed if not re.match("--(base|name|seed|threads|device|eval_every)=", flag))
+
+    def cell(found):
+        return ", ".join(f"{statistics.mean(result['metrics'][key] for result in found):.2f}" for key in
+                         ("alignment_one_to_one", "local_strategy_coverage_mean")) if found else ""
+
+    recipe = {field.name: field.default for field in dataclasses.fields(factorize.Config)}
+    for variant in (variant for variant in VARIANTS if variant in runs):
+        of_task, label = runs[variant], VARIANTS[variant]
+        reference = runs["elbo"][VARIED[0]][0]["config"] if label.startswith("...") else recipe
+        (flag,) = {flags(result, reference) for found in of_task.values() for result in found}  # a row is one setting
+        seeds = sorted({len(found) for found in of_task.values()})
+        rows.append([label, f"`{flag}`" if flag else "", " to ".join(map(str, sorted({seeds[0], seeds[-1]}))),
+                     *(cell(of_task.get(task)) for task in VARIED)])
+    return table(["what", "set otherwise", "seeds", *VARIED], rows)
+
+
+def runs_table(found, keys):
     runs = {}
-    for name, result in results(pattern).items():
+    for name, result in found.items():
         m = result["metrics"]
         runs.setdefault(name.split("_seed")[0], []).append(m | {"nll_gap": m["nll"] - m["base_nll"]})
     rows = [[name, str(len(seeds)), *(mean_and_std([m[key] for m in seeds]) for key in keys),
@@ -139,9 +182,11 @@ def without(keys):
 
 TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table, "base": base_table,
           "clusters": clusters_table,
-          "discrete": lambda: runs_table("*_discrete_seed*.json", without(NOT_IN_RESULTS)),
-          "continuous": lambda: runs_table("*_continuous_seed*.json", CONTINUOUS),
-          "ablations": lambda: runs_table("ablations/*.json", without(NOT_IN_ABLATIONS))}
+          "variants": variants_table,
+          "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
+          "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
+          "ablations": lambda: runs_table({name: result for name, result in results("ablations/*.json").items()
+                                           if not variant_of(name)}, without(NOT_IN_ABLATIONS))}
 
 
 def filled(readme):
