@@ -343,10 +343,9 @@ def factorize(cfg, signals):
                        minutes=(time.time() - start) / 60)
             stop(received, cfg, step + 1)
     finish(folder, log, {
-        "kind": "factorization", "version": train_base.VERSIONS["factorization"], "config": dataclasses.asdict(cfg), "base": base_checkpoint,
+        "kind": "factorization", "config": dataclasses.asdict(cfg), "base": base_checkpoint,
         "model_config": vars(model.config), "model": model.state_dict(), "posterior": q.state_dict(),
-        "minutes": (time.time() - start) / 60, "last_log": entry,
-        "start_nll_error": start_nll_error})
+        "minutes": (time.time() - start) / 60, "last_log": entry, "start_nll_error": start_nll_error})
     return folder
 
 

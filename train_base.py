@@ -167,7 +167,8 @@ def write(path, fill):
 
 
 def save(path, content):
-    write(path, lambda f: torch.save(content, f))
+    """Writes a checkpoint or a state, of content["kind"], which load_checkpoint reads."""
+    write(path, lambda f: torch.save(content | {"version": VERSIONS[content["kind"]]}, f))
 
 
 def write_json(path, content):
@@ -245,7 +246,7 @@ def save_state(folder, log, cfg, step, model, optimizers, **more):
     with open(log.name) as f:
         log_lines = len(f.readlines())
     save(os.path.join(folder, "state.pt"), {
-        "kind": "state", "version": VERSIONS["state"], "config": dataclasses.asdict(cfg), "step": step, "log_lines": log_lines,
+        "kind": "state", "config": dataclasses.asdict(cfg), "step": step, "log_lines": log_lines,
         "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], **more})
 
 
@@ -414,7 +415,7 @@ def train(cfg, signals):
             stop(received, cfg, step + 1)
     write_result(folder, dataclasses.asdict(cfg), scores)
     finish(folder, log, {
-        "kind": "base", "version": VERSIONS["base"], "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
+        "kind": "base", "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
         "model": model.state_dict(), "vocab": list(task.vocab), "c_base": scores["nll"]})
 
 
