@@ -84,7 +84,7 @@ class Posterior(nn.Module):
         """Fits the head to clusters exp(log_t) (N, K), weighted by `weight` (N,): penalised cross-entropy. The cluster
         is that of the nearest corner of a simplex, where z is continuous: K corners around the origin of K - 1
         dimensions, so far out that z, with standard deviation `std` around them, has variance 1 in every dimension.
-        Further dimensions start at N(0, 1)."""
+        Further dimensions start at N(0, 1). The offsets of the cells are those that Sinkhorn finds on draws of z."""
         if self.z_dim:
             K = log_t.shape[1]
             self.corners[:, :K - 1] = math.sqrt(K * (1 - std ** 2)) * torch.linalg.eigh(torch.ones(K, K))[1][:, :-1]

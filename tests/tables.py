@@ -66,16 +66,11 @@ CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z
 
 
 VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on which the recipe is taken apart
-VARIANTS = {  # of the recipe: <task>_<variant>_seed<n>.json
-    "discrete": "the recipe", "held": "no responsibilities", "full_posterior": "the posterior's backbone trains, too",
-    "no_clusters": "no clusters", "elbo": "plain ELBO", "elbo_beta_0.03": "... another beta",
-    "elbo_beta_0.3": "...", "elbo_beta_1": "...", "elbo_token_weighted": "... with token weights",
-    "elbo_jsd": "... inter-latent JSD", "elbo_entropy": "... posterior entropy",
-    "elbo_marginal": "... router marginal KL", "elbo_support": "... router support", "elbo_all": "... all five"}
+VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "no_clusters": "no clusters", "elbo": "plain ELBO"}
 
 
 def variant_of(name):
-    """(variant, task) of a result file's name, or None."""
+    """(variant, task) of a result file's name, <task>_<variant>_seed<n>, or None."""
     match = re.fullmatch(rf"({'|'.join(VARIED)})_(.+)_seed\d+", name)
     return (match[2], match[1]) if match and match[2] in VARIANTS else None
 
@@ -88,19 +83,19 @@ def variants_table():
             variant, task = variant_of(name)
             runs.setdefault(variant, {}).setdefault(task, []).append(result)
 
-    def flags(result, default):
-        changed = [f"--{key}={value}" for key, value in result["config"].items() if value != default.get(key, value)]
+    recipe = {field.name: field.default for field in dataclasses.fields(factorize.Config)}
+
+    def flags(result):
+        changed = [f"--{key}={value}" for key, value in result["config"].items() if value != recipe.get(key, value)]
         return " ".join(flag for flag in changed if not re.match("--(base|name|seed|threads|device|eval_every)=", flag))
 
     def cell(found):
         return ", ".join(f"{statistics.mean(result['metrics'][key] for result in found):.2f}" for key in
                          ("alignment_one_to_one", "local_strategy_coverage_mean")) if found else ""
 
-    recipe = {field.name: field.default for field in dataclasses.fields(factorize.Config)}
-    for variant in (variant for variant in VARIANTS if variant in runs):
-        of_task, label = runs[variant], VARIANTS[variant]
-        reference = runs["elbo"][VARIED[0]][0]["config"] if label.startswith("...") else recipe
-        (flag,) = {flags(result, reference) for found in of_task.values() for result in found}  # a row is one setting
+    for variant, label in VARIANTS.items():
+        of_task = runs[variant]
+        (flag,) = {flags(result) for found in of_task.values() for result in found}  # a row is of one setting
         seeds = sorted({len(found) for found in of_task.values()})
         rows.append([label, f"`{flag}`" if flag else "", " to ".join(map(str, sorted({seeds[0], seeds[-1]}))),
                      *(cell(of_task.get(task)) for task in VARIED)])
