@@ -27,11 +27,12 @@ from tqdm import tqdm
 import configs
 import evaluate
 import losses
+import metrics
 import parallel
 import train_base
 from configs import fail
 from model import GPT, Pairs, gaussian, log_likelihood, sample_pairs, score_latents
-from parallel import add_up, gather, in_threads, seeded
+from parallel import gather, in_threads, seeded, sum_in_threads
 from posterior import Posterior, cluster_responses
 from tasks import Tokenizer
 from train_base import (check_finite, check_optimizer, find_state, finish, interruptible, load_base, make_optimizers,
@@ -49,13 +50,13 @@ class Config:
     batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: int = 512  # pairs sampled at a time; each is used once
     chunks: int = 8  # pieces of a batch, sorted by length: little padding, and work for every thread; same gradient
-    # stages; responsibility_steps, tau, held_alpha and alpha play no part where z is continuous, posterior_std and
-    # z_samples none where it is discrete
+    # stages; responsibility_steps, tau, held_alpha, alpha and router_support_weight play no part where z is continuous,
+    # posterior_std, z_samples and tiling_weight none where it is discrete
     slot_steps: int = 60  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior's head is random
     cluster_responses: int = 12  # responses to each of them
     cluster_restarts: int = 192  # starts of the clustering, of which the best counts
-    held_steps: int = 300  # steps whose labels come from the posterior as it started; rounded up to whole pools
+    held_steps: int = 300  # steps in which the posterior stands still and labels; a pool keeps its labels to its end
     responsibility_steps: int = 350  # further steps with balanced responsibilities; the remaining ones train the ELBO
     tau: float = 0.5  # temperature of log p(y|x,z) in the responsibilities
     held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
@@ -74,7 +75,7 @@ class Config:
     jsd_weight: float = 0.0  # of minus the inter-latent Jensen-Shannon divergence
     posterior_variance_weight: float = 0.0  # of the mean variance of a continuous posterior
     # and these in one
-    tiling_weight: float = 0.5  # in a continuous ELBO, of the reconstruction from a z ~ N(0, I) in the cell of the pair
+    tiling_weight: float = 0.5  # in a continuous ELBO, of -log p(y|x,z), not normalised, z ~ N(0, I) in the pair's cell
     distillation_weight: float = 1.0  # before the ELBO, of posterior and router towards the labels, or of KL(q || p)
     # optimisation
     optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
@@ -132,7 +133,13 @@ def start_posterior(q, base, task, tokenizer, cfg, log_prior):
     evenly = features[:, :base.config.n_layer * width][:, -2 * width:]
     log_t, agreement = cluster_responses(evenly, index // cfg.cluster_responses, log_p, log_prior,
                                          seeded(cfg.seed), cfg.cluster_restarts)
-    q.fit_head(features, log_t, log_p.softmax(dim=0), cfg.posterior_std)
+    weight = log_p.softmax(dim=0)  # here an x counts by how much of what the base says to it was sampled
+    if cfg.z_dim:
+        q.place_corners(weight @ log_t.exp(), cfg.posterior_std)
+        if q.cell(q.corners).tolist() != list(range(len(log_prior))):
+            fail("config key 'z_dim': clusters of such unequal shares have no cells of their own in a continuous z; "
+                 "discrete latents (z_dim = 0) have")
+    q.fit_head(features, log_t, weight)
     return agreement
 
 
@@ -169,13 +176,15 @@ def score_batch(model, batch, z, w, chunks, recompute=False):
             used = [(value, output.grad[rows]) for value, output in zip(part, outputs) if output.grad is not None]
             values, gradients = zip(*used)
             wanted = parameters + ([z] if z.requires_grad else [])
-            return torch.autograd.grad(values, wanted, gradients, allow_unused=True)
+            found = torch.autograd.grad(values, wanted, gradients, allow_unused=True)
+            if z.requires_grad:
+                z.grad = found[-1]
+            return found[:len(parameters)]
 
-        pieces = in_threads(gradient, mine, parts, zs)
-        for parameter, total in zip(parameters, add_up([piece[:len(parameters)] for piece in pieces])):
+        for parameter, total in zip(parameters, sum_in_threads(gradient, mine, parts, zs)):
             parameter.grad = total
         if z.requires_grad:
-            z.backward(torch.cat(gather([piece[-1] for piece in pieces]))[back])
+            z.backward(torch.cat(gather([piece.grad for piece in zs]))[back])
 
     return outputs, backward
 
@@ -322,11 +331,11 @@ def factorize(cfg, signals):
         entry["normalized_reconstruction"] = entry["reconstruction"] / c_base
         entry["minutes"] = (time.time() - start) / 60
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            xs = evaluate.different_inputs(task, cfg.look_inputs, test=False)  # recipes are chosen by these looks
+            xs = metrics.different_inputs(task, cfg.look_inputs, test=False)  # recipes are chosen by these looks
             if cfg.z_dim:
-                shown = evaluate.look(model, q, task, tokenizer, pool, xs, seed=step)
+                shown = metrics.look(model, q, task, tokenizer, pool, xs, seed=step)
             else:
-                shown, C = evaluate.controlled(model, task, tokenizer, xs, seed=step)
+                shown, C = metrics.controlled(model, task, tokenizer, xs, seed=step)
                 entry["strategy_by_latent"] = C.tolist()
             entry |= shown
             if bar.disable:
@@ -396,6 +405,8 @@ def check(cfg, K):
             fail(f"config key '{key}' must be at least {least}, got {getattr(cfg, key)}")
     if cfg.pool_size % cfg.batch_size:
         fail(f"config key 'pool_size' ({cfg.pool_size}) must be a multiple of batch_size ({cfg.batch_size})")
+    if cfg.z_dim and not cfg.cluster_inputs:
+        fail("config key 'cluster_inputs': a continuous z needs clusters, around which it begins, got 0")
     if cfg.z_dim and cfg.z_dim < K - 1:
         fail(f"config key 'z_dim': {K} clusters need at least {K - 1} dimensions, got {cfg.z_dim}")
     if not 0.1 <= cfg.posterior_std < 1:

@@ -90,8 +90,8 @@ def draw_centroids(means, labels, z, found, strategies, path):
 
 
 def draw_maps(model, task, tokenizer, xs, path, points=25):
-    """The plane of a z of two dimensions, coloured by the strategy of the likeliest y, for every x: stable semantics is
-    the same map for every x."""
+    """The plane of a z of two dimensions, coloured by the strategy of y, the likeliest token at a time, for every x:
+    stable semantics is the same map for every x."""
     from matplotlib.colors import ListedColormap
     side = torch.linspace(-3, 3, points)
     z = torch.cartesian_prod(side, side)

@@ -57,7 +57,7 @@ def router_support(logits, n_latents):
 
 def router_marginal_kl(logp_z, log_prior):
     """KL(mean_x p(z|x) || prior): (B, K), (K,) -> scalar. A statement about the batch, so it has no per-example value;
-    the batch mean makes it biased upwards by about (K - 1) / 2B where routers differ between inputs."""
+    the batch mean makes it biased upwards where routers differ between inputs, by about (K - 1) / 2B at most."""
     log_marginal = logp_z.logsumexp(dim=0) - math.log(len(logp_z))
     return (log_marginal.exp() * (log_marginal - log_prior)).sum()
 
@@ -76,8 +76,9 @@ def inter_latent_jsd(logp_tokens, w):
 
 @torch.no_grad()
 def balanced_responsibilities(scores, log_prior, group=None, log_weight=None, iterations=30):
-    """T = Sinkhorn(scores): rows sum to 1, and the weighted mean of the rows of each group is the prior, so that no
-    latent dies and none takes all. Of all such couplings the closest to softmax(scores) in KL [2, 3].
+    """T = Sinkhorn(scores): rows sum to 1, and the weighted mean of the rows of each group goes to the prior, so that no
+    latent dies and none takes all; in the limit, T is the closest of all such couplings to softmax(scores) in KL [2, 3].
+    After a few iterations rows whose scores differ by much have not moved, which is as well: they are sure.
 
     scores (B, K), for example log p(y|x,z) / tau; log_prior (K,); group (B,) of integers from 0 and log_weight (B,);
     by default one group, the batch, of equal weights. Weights sum to 1 in every group, or to less: what is missing
@@ -130,5 +131,6 @@ def router_moment_kl(mean, log_var):
 
 def importance_weighted_bound(logp_y, log_weight):
     """log 1/S sum_s w_s p(y|x,z_s) <= log p(y|x) in expectation [4, eq. 8]: logp_y (B, S) and log w_s (B, S), the
-    density of the router at z_s over that of the distribution z_s was drawn from. (B, S), (B, S) -> (B,)."""
+    density of the router at z_s over that of the distribution z_s was drawn from; if the z_s are fixed numbers of draws
+    from several, over that of their mixture. (B, S), (B, S) -> (B,)."""
     return (logp_y + log_weight).logsumexp(dim=1) - math.log(logp_y.shape[1])

@@ -105,27 +105,35 @@ def map_pieces(f, *pieces):
 
 def sum_pieces(f, *pieces):
     """The sums of f's results, tuples of tensors, over all pieces; shared out among processes and threads."""
-    return add_up(in_threads(f, *map(mine, pieces)))
+    return sum_in_threads(f, *map(mine, pieces))
+
+
+def sum_in_threads(f, *mine):
+    """The same, where `mine` are pieces of this process alone."""
+    return add_up(threads.map(f, *mine))
 
 
 def add_up(parts):
-    """parts: for each piece of this process a tuple of tensors, or None in the place of one. Their sums over the pieces
-    of all processes, in double precision: so the order, which the number of processes changes, changes no result."""
-    if not parts:
-        fail(f"a batch falls into fewer pieces than there are processes ({processes}): raise batch_size")
+    """parts: for each piece of this process a tuple of tensors, or None in the place of one; taken as they come, none
+    is kept. Their sums over the pieces of all processes, in double precision: so the order, which the number of
+    processes changes, changes no result."""
     wide = torch.float32 if kind == "mps" else torch.float64  # which mps has not
-
-    def total(first, *rest):
-        if first is None:
-            return None
-        result = first.to(wide, copy=True)
-        for tensor in rest:
-            result += tensor
-        if processes > 1:
-            dist.all_reduce(result)
-        return result.to(first.dtype)
-
-    return [total(*tensors) for tensors in zip(*parts)]
+    totals = None
+    for part in parts:
+        if totals is None:
+            dtypes = [None if tensor is None else tensor.dtype for tensor in part]
+            totals = [None if tensor is None else tensor.to(wide, copy=True) for tensor in part]
+        else:
+            for total, tensor in zip(totals, part):
+                if total is not None:
+                    total += tensor
+        del part
+    if totals is None:
+        fail(f"a batch falls into fewer pieces than there are processes ({processes}): raise batch_size")
+    for total in totals:
+        if total is not None and processes > 1:
+            dist.all_reduce(total)
+    return [None if total is None else total.to(dtype) for total, dtype in zip(totals, dtypes)]
 
 
 def union(found):

@@ -80,28 +80,32 @@ class Posterior(nn.Module):
         self.std.copy_(features.std(dim=0) + 1e-6)
         return (features - self.mean) / self.std
 
-    def fit_head(self, features, log_t, weight, std=0.3, steps=200, lr=1e-2, weight_decay=0.01):
-        """Fits the head to clusters exp(log_t) (N, K), weighted by `weight` (N,): penalised cross-entropy. The cluster
-        is that of the nearest corner of a simplex, where z is continuous: K corners around the origin of K - 1
-        dimensions, so far out that z, with standard deviation `std` around them, has variance 1 in every dimension.
-        Further dimensions start at N(0, 1). The offsets of the cells are those that Sinkhorn finds on draws of z."""
-        if self.z_dim:
-            K = log_t.shape[1]
-            self.corners[:, :K - 1] = math.sqrt(K * (1 - std ** 2)) * torch.linalg.eigh(torch.ones(K, K))[1][:, :-1]
-            z = torch.randn(2 ** 14, self.z_dim, generator=seeded(0))
-            scores, share = -torch.cdist(z, self.corners).square() / std ** 2, weight @ log_t.exp() / weight.sum()
-            shifted = balanced_responsibilities(scores, share.log(), iterations=300)
-            self.offset.copy_(std ** 2 * (shifted - scores)[0])  # but for a constant, which is the same for every cell
-            with torch.no_grad():
-                self.head.weight.zero_()
-                self.head.bias.zero_()
-                self.head.bias[self.z_dim:self.z_dim + K - 1] = 5 * math.atanh(2 * math.log(std) / 5)
+    @torch.no_grad()
+    def place_corners(self, share, std):
+        """Where z is continuous, the start of the posterior: a Gaussian of standard deviation `std` around a corner for
+        each cluster, and cells around the corners for clusters of these shares (K,). The K corners are those of a
+        simplex around the origin of K - 1 dimensions, so far out that z has variance 1 in every one of them, if the
+        shares are equal; further dimensions start at N(0, 1). The cells' offsets are what Sinkhorn adds to the scores
+        of draws of N(0, I), back in units of squared distance."""
+        K = len(share)
+        self.corners[:, :K - 1] = math.sqrt(K * (1 - std ** 2)) * torch.linalg.eigh(torch.ones(K, K))[1][:, :-1]
+        z = torch.randn(2 ** 14, self.z_dim, generator=seeded(0))
+        scores = -torch.cdist(z, self.corners).square() / std ** 2
+        shifted = balanced_responsibilities(scores, share.log(), iterations=1000)
+        self.offset.copy_(std ** 2 * (shifted - scores)[0])  # but for a constant, which is the same for every cell
+        self.head.weight.zero_()
+        self.head.bias.zero_()
+        self.head.bias[self.z_dim:self.z_dim + K - 1] = 5 * math.atanh(2 * math.log(std) / 5)
+
+    def fit_head(self, features, log_t, weight, steps=200, lr=1e-2, weight_decay=0.01):
+        """Fits the head to clusters exp(log_t) (N, K), weighted by `weight` (N,): penalised cross-entropy. Where z is
+        continuous, its mean to the corners of the clusters: penalised squared distance, in units of the variance."""
         optimizer = torch.optim.Adam(self.head.parameters(), lr)
         for _ in range(steps):
             out = self.head(features)
             if self.z_dim:
-                mean, _ = gaussian(out)
-                nll = 0.5 * (mean - log_t.exp() @ self.corners).square().sum(dim=1) / std ** 2
+                mean, log_var = gaussian(out)
+                nll = 0.5 * ((mean - log_t.exp() @ self.corners).square() / log_var.detach().exp()).sum(dim=1)
             else:
                 nll = -(log_t.exp() * F.log_softmax(out, dim=1)).sum(dim=1)
             loss = (weight * nll).sum() / weight.sum()
@@ -112,8 +116,8 @@ class Posterior(nn.Module):
         self.head.zero_grad()
 
     def cell(self, z):
-        """(N, D) -> (N,): which of K cells z is in. Each lies around a corner, and a z ~ N(0, I) is in it as often as a
-        response of the base is in the corner's cluster. They divide space in the same way for every x."""
+        """(N, D) -> (N,): which of K cells z is in. Each lies around a corner, and a z ~ N(0, I) is in it about as often
+        as a response of the base is in the corner's cluster. They divide space in the same way for every x."""
         return (torch.cdist(z, self.corners).square() - self.offset).argmin(dim=1)
 
     def forward(self, pairs):

@@ -83,7 +83,7 @@ class Task:
     vocab: tuple  # task tokens, without the special ones
     draw: Callable  # rng -> x, also one on which strategies coincide; or None: draw again
     check: Callable  # x -> None or the reason why x is no input of this task
-    solve: Callable  # x -> answer tokens
+    answer: Callable  # x -> the answer, task tokens
     steps: dict  # strategy name -> (x -> list of steps, each a list of tokens)
 
     @property
@@ -92,10 +92,7 @@ class Task:
 
     def trace(self, x, strategy):
         """The solution y of x by `strategy`: its steps, then the answer."""
-        return [t for step in self.steps[strategy](x) for t in (*step, ";")] + ["ans", *self.solve(x)]
-
-    def answer(self, x):
-        return self.solve(x)
+        return [t for step in self.steps[strategy](x) for t in (*step, ";")] + ["ans", *self.answer(x)]
 
     def is_valid_input(self, x):
         """True if no two strategies leave the same trace on x, so that attribution is never ambiguous."""
@@ -187,7 +184,7 @@ def list_summation(min_len=4, max_len=5, max_value=9):
         return steps
 
     return Task("list_summation", (*DIGITS, "+", "=", ";", "ans"), draw, check,
-                solve=lambda x: number(sum(map(int, x))),
+                answer=lambda x: number(sum(map(int, x))),
                 steps={"left-to-right": lambda x: running([int(t) for t in x]),
                        "right-to-left": lambda x: running([int(t) for t in reversed(x)]),
                        "pairwise": lambda x: pairwise([int(t) for t in x])})
@@ -279,7 +276,7 @@ def sorting_algorithms(min_len=4, max_len=6, max_value=9):
 
     vocab = (*map(str, range(max_value + 1)), ";", "ans")
     task = Task("sorting_algorithms", vocab, draw, check,
-                solve=lambda x: sorted(x, key=int),
+                answer=lambda x: sorted(x, key=int),
                 steps={"bubble-sort": on_numbers(bubble), "selection-sort": on_numbers(selection),
                        "insertion-sort": on_numbers(insertion), "merge-sort": on_numbers(merge),
                        "heap-sort": on_numbers(heap)})
@@ -321,7 +318,7 @@ def grid_pathfinding(side=16, max_distance=5):
 
     vocab = (*map(str, range(max(side, 2 * max_distance + 1))), "right", "down", "to", ";", "ans")
     return Task("grid_pathfinding", vocab, draw, check,
-                solve=lambda x: [str(sum(distances(x)))],
+                answer=lambda x: [str(sum(distances(x)))],
                 steps={"right-first": lambda x: walk(x, ["right"] * distances(x)[0] + ["down"] * distances(x)[1]),
                        "down-first": lambda x: walk(x, ["down"] * distances(x)[1] + ["right"] * distances(x)[0]),
                        "alternating": lambda x: walk(x, alternating(*distances(x)))})
@@ -367,7 +364,7 @@ def linear_equation_solving(max_factor=9, max_root=12, max_offset=30):
         return [[*c, "-", *b, "=", *number(nc - nb)], [*number(nc - nb), "/", *a, "=", *number((nc - nb) // na)]]
 
     return Task("linear_equation_solving", (*DIGITS, "x", "+", "-", "/", "=", ";", "ans"), draw, check,
-                solve=lambda x: number((read(x)[5] - read(x)[4]) // read(x)[3]),
+                answer=lambda x: number((read(x)[5] - read(x)[4]) // read(x)[3]),
                 steps={"subtract-then-divide": subtract_then_divide, "divide-then-subtract": divide_then_subtract,
                        "inverse-ops": inverse_ops})
 
@@ -379,6 +376,8 @@ def base_conversion(min_value=16, max_value=511):
     via-binary          1 8 2 = 1 0 1 1 0 1 1 0 ; 1 0 1 1 = b ; 0 1 1 0 = 6 ; ans b 6   (4 bits a digit in base 16)
     decomposition       1 8 2 = b * 1 6 + 6 ; 6 = 6 * 1 + 0 ; ans b 6                   (largest power first)
     """
+    if min_value < 1:
+        raise ValueError("0 leaves repeated division without a step: min_value must be at least 1")
     bits_per_digit = {4: 2, 8: 3, 16: 4}
     digit = "0123456789abcdef"
 
@@ -417,7 +416,7 @@ def base_conversion(min_value=16, max_value=511):
         return lambda x: strategy(*read_numbers(x, ["base"]))
 
     return Task("base_conversion", (*digit, "base", "r", "/", "*", "+", "=", ";", "ans"), draw, check,
-                solve=on_numbers(digits),
+                answer=on_numbers(digits),
                 steps={"repeated-division": on_numbers(repeated_division), "via-binary": on_numbers(via_binary),
                        "decomposition": on_numbers(decomposition)})
 
@@ -435,9 +434,9 @@ def multidigit_addition(min_digits=1, max_digits=2):
 
     def check(x):
         numbers = read_numbers(x, ["+"])
-        if (not numbers or len(numbers) != 2 or max(numbers) < 10
+        if (not numbers or len(numbers) != 2 or min(numbers) < 1 or max(numbers) < 10
                 or not all(min_digits <= len(str(n)) <= max_digits for n in numbers)):
-            return f"expected 'a + b', each of {min_digits} to {max_digits} digits, and one of 2 or more"
+            return f"expected 'a + b', each above 0, of {min_digits} to {max_digits} digits, and one of 2 or more"
 
     def add(a, b):
         return [*number(a), "+", *number(b), "=", *number(a + b)]
@@ -470,7 +469,7 @@ def multidigit_addition(min_digits=1, max_digits=2):
         return lambda x: strategy(*read_numbers(x, ["+"]))
 
     return Task("multidigit_addition", (*DIGITS, "+", "-", "=", "carry", ";", "ans"), draw, check,
-                solve=lambda x: number(sum(read_numbers(x, ["+"]))),
+                answer=lambda x: number(sum(read_numbers(x, ["+"]))),
                 steps={"right-to-left-carry": on_numbers(right_to_left_carry),
                        "left-to-right-partials": on_numbers(left_to_right_partials),
                        "rounding-decomposition": on_numbers(rounding_decomposition)})

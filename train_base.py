@@ -214,9 +214,9 @@ def find_state(cfg):
                 fail(f"'{folder}' was begun with {key} = {state['config'].get(key)!r}, but goes on with {value!r}; "
                      "--overwrite=True starts again")
         return state
-    if cfg.resume and os.path.exists(os.path.join(folder, "ckpt.pt")):
-        fail(f"'{folder}' holds a finished run: there is nothing to go on with; python evaluate.py {folder} evaluates "
-             "a factorization")
+    if cfg.resume and not cfg.overwrite and os.path.exists(os.path.join(folder, "ckpt.pt")):
+        fail(f"'{folder}' holds a finished run and no saved state to go on from: python evaluate.py {folder} evaluates a "
+             "factorization, --overwrite=True starts again")
     if os.path.exists(os.path.join(folder, "log.jsonl")) and not cfg.resume and not cfg.overwrite:
         fail(f"'{folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
 

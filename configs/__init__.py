@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import runpy
 import sys
@@ -35,8 +34,8 @@ def check_type(key, value, kind):
     for number in value if type(value) is list else [value]:
         if type(value) is list and type(number) not in (int, float):
             fail(f"config key '{key}' is a list of numbers, got {value!r}")
-        if type(number) in (int, float) and not (math.isfinite(number) and (number >= 0 or key.endswith("_weight"))):
-            fail(f"config key '{key}' takes no negative or infinite number, got {value!r}")
+        if type(number) in (int, float) and not (abs(number) < 1e12 and (number >= 0 or key.endswith("_weight"))):
+            fail(f"config key '{key}' takes no negative number, and none of 10^12 or more, got {value!r}")
     return value
 
 

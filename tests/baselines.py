@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import configs
 import evaluate
 import factorize
+import metrics
 import parallel
 from model import in_pieces
 from posterior import Posterior, cluster_responses, one_to_one_matching
@@ -29,7 +30,7 @@ from train_base import result_of
 
 def strategies_of(task, tokenizer, pairs):
     """(N,) index of the strategy of every pair, the nearest one where y follows none."""
-    both = zip(evaluate.inputs(tokenizer, pairs), evaluate.solutions(tokenizer, pairs))
+    both = zip(metrics.inputs(tokenizer, pairs), metrics.solutions(tokenizer, pairs))
     return torch.tensor([task.strategies.index(task.nearest_strategy(x, y)) for x, y in both])
 
 

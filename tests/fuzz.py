@@ -76,11 +76,12 @@ def main(n, write):
             print(script.__name__, *flags, "->", line or "done", flush=True)
             told += line is not None
         run(factorize, SHORT[factorize] + ["--name=asked"])
+        asked = evaluate.load_run("out/asked")
         letters = "0123456789 to+-=xbase/\t\n\0ä;<>'\"\\"
         for _ in range(10 * n):
             text = "".join(rng.choice(letters) for _ in range(rng.randint(0, 20)))
             try:
-                evaluate.typed_input("out/asked", text)
+                evaluate.typed_input(asked, text)
             except SystemExit as exit:
                 assert isinstance(exit.code, str), exit.code
         os.chdir(ROOT)

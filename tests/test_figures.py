@@ -8,6 +8,7 @@ import torch
 
 import evaluate
 import figures
+import metrics
 import train_base
 from model import GPT, GPTConfig, Pairs, pad
 from posterior import one_to_one_matching
@@ -57,9 +58,9 @@ def test_the_strategy_is_at_chance_before_y_and_known_when_y_is_read(workplace, 
             records.append(tokenizer.record(x, task.trace(x, rng.choice(task.strategies))))
         return Pairs(pad(records), torch.tensor([len(p) for p in prompts]), torch.zeros(len(records), 1))
 
-    monkeypatch.setattr(evaluate, "sample_pairs", traces)
-    xs = evaluate.different_inputs(task, 120, test=False)
-    positions, accuracy, chance = evaluate.decodability(base, task, tokenizer, xs, 4, seed=0)
+    monkeypatch.setattr(metrics, "sample_pairs", traces)
+    xs = metrics.different_inputs(task, 120, test=False)
+    positions, accuracy, chance = metrics.decodability(base, task, tokenizer, xs, 4, seed=0)
     assert positions[:13] == list(range(13)) and accuracy.shape == (3, len(positions)) == (3, len(chance))
     assert (chance - 1 / 3).abs().max() < 0.1
     assert (accuracy[:, 0] - 1 / 3).abs().max() < 0.1, "what is known at <y> is not of y"
@@ -71,8 +72,8 @@ def test_a_base_without_strategies_has_no_position_to_decode(workplace, monkeypa
     """A base with random weights follows none: nothing to probe, and no error."""
     _, task, checkpoint = train_base.load_base("out/tiny_base/ckpt.pt")
     base, tokenizer = GPT(GPTConfig(**checkpoint["model_config"])).requires_grad_(False), Tokenizer(task.vocab)
-    xs = evaluate.different_inputs(task, 4, test=True)
-    positions, accuracy, _ = evaluate.decodability(base, task, tokenizer, xs, 2, seed=0)
+    xs = metrics.different_inputs(task, 4, test=True)
+    positions, accuracy, _ = metrics.decodability(base, task, tokenizer, xs, 2, seed=0)
     assert positions == [] and accuracy.shape == (3, 0)
 
 
@@ -86,8 +87,8 @@ def test_a_look_logs_what_its_alignment_is_made_of(workplace):
         C = torch.tensor(entry["strategy_by_latent"])
         assert C.shape == (2, 3) and one_to_one_matching(C)[0] / 3 == pytest.approx(entry["alignment_one_to_one"])
     _, _, task, tokenizer, model, _ = evaluate.load_run("out/looks")
-    xs = evaluate.different_inputs(task, 64, test=False)
-    assert evaluate.controlled(model, task, tokenizer, xs, seed=3)[1].tolist() == C.tolist() and C.sum() > 0
+    xs = metrics.different_inputs(task, 64, test=False)
+    assert metrics.controlled(model, task, tokenizer, xs, seed=3)[1].tolist() == C.tolist() and C.sum() > 0
 
 
 def test_dynamics_shows_five_looks_and_ends_in_a_diagonal(tmp_path, drawn):

@@ -283,7 +283,8 @@ def test_the_corners_of_a_posterior_have_unit_variance_and_equal_distances(train
     q = Posterior(base, 4, z_dim=5)
     features, cluster = torch.zeros(400, q.head.in_features), torch.arange(400) % 4
     features[torch.arange(400), cluster] = 2.0
-    q.fit_head(features, F.one_hot(cluster, 4).float().log().clamp(min=-50), torch.ones(400), std=0.5, steps=2000,
+    q.place_corners(torch.full((4,), 0.25), std=0.5)
+    q.fit_head(features, F.one_hot(cluster, 4).float().log().clamp(min=-50), torch.ones(400), steps=2000,
                weight_decay=0.0)
     mean, log_var = gaussian(q.head(features).detach())
     distances = torch.pdist(mean[:4])
@@ -293,13 +294,12 @@ def test_the_corners_of_a_posterior_have_unit_variance_and_equal_distances(train
     assert mean[:, 3:].abs().max() < 0.05
 
 
-@pytest.mark.parametrize("responses", [(100, 100, 100), (240, 120, 40)])
-def test_a_cell_takes_as_much_of_space_as_its_cluster_of_the_responses(trained, responses):
+@pytest.mark.parametrize("std", [0.1, 0.3])
+@pytest.mark.parametrize("share", [(1 / 3, 1 / 3, 1 / 3), (0.6, 0.3, 0.1)])
+def test_a_cell_takes_as_much_of_space_as_its_cluster_of_the_responses(trained, share, std):
     """Also where clusters are of different sizes; a corner is in its own cell."""
     q = Posterior(trained[0], 3, z_dim=2)
-    cluster = torch.arange(3).repeat_interleave(torch.tensor(responses))
-    features = torch.zeros(len(cluster), q.head.in_features)
-    q.fit_head(features, F.one_hot(cluster, 3).float().log().clamp(min=-50), torch.ones(len(cluster)), steps=1)
-    share = q.cell(torch.randn(20000, 2, generator=torch.Generator().manual_seed(1))).bincount(minlength=3) / 20000
-    assert torch.allclose(share, torch.tensor(responses) / len(cluster), atol=0.015), share
+    q.place_corners(torch.tensor(share), std)
+    found = q.cell(torch.randn(20000, 2, generator=torch.Generator().manual_seed(1))).bincount(minlength=3) / 20000
+    assert torch.allclose(found, torch.tensor(share), atol=0.015), found
     assert q.cell(q.corners).tolist() == [0, 1, 2]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -80,6 +81,21 @@ def test_sums_do_not_depend_on_their_order():
     parts = [(torch.tensor([1e8]), None), (torch.tensor([1.0]), None), (torch.tensor([-1e8]), None)]
     assert parallel.add_up(parts)[0].item() == parallel.add_up(parts[::-1])[0].item() == 1
     assert parallel.add_up(parts)[1] is None and parts[0][0].item() == 1e8
+
+
+def test_a_sum_keeps_none_of_its_parts():
+    """Gradients of many pieces are as large as many models."""
+    left = []
+
+    def parts():
+        for _ in range(9):
+            part = torch.ones(3)
+            left.append(weakref.ref(part))
+            yield (part,)
+            del part
+            assert sum(part() is not None for part in left) <= 1
+
+    assert parallel.add_up(parts())[0].tolist() == [9, 9, 9]
 
 
 def small_gpt():

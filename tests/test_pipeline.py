@@ -18,9 +18,12 @@ import configs
 import evaluate
 import factorize
 import figures
+import metrics
+import tasks
 import train_base
 from conftest import ROOT
 from parallel import seeded
+from posterior import one_to_one_matching
 
 SHORT = ["configs/tiny_discrete.py", "--steps=4", "--held_steps=1", "--responsibility_steps=2", "--eval_every=2",
          "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2", "--pool_size=32",
@@ -121,13 +124,12 @@ def test_another_seed_gives_another_log(reference):
 
 def test_no_label_reaches_training(reference, monkeypatch):
     """Renaming and permuting the strategies changes what alignment is called, and not one weight."""
-    import tasks
     grid = tasks.TASK_FUNCTIONS["grid_pathfinding"]
 
     def relabelled(**sizes):
         task = grid(**sizes)
         names = list(task.steps)
-        return tasks.Task(task.name, task.vocab, task.draw, task.check, task.solve,
+        return tasks.Task(task.name, task.vocab, task.draw, task.check, task.answer,
                           {f"s{i}": task.steps[names[(i + 1) % 3]] for i in range(3)})
 
     monkeypatch.setitem(tasks.TASK_FUNCTIONS, "grid_pathfinding", relabelled)
@@ -245,13 +247,13 @@ def test_the_bound_is_the_same_whoever_the_samples_come_from(monkeypatch):
     def log_likelihood(model, pairs, z):
         return -2 * (z - torch.tensor([0.5, -0.5])).square().sum(dim=2)
 
-    monkeypatch.setattr(evaluate, "log_likelihood", log_likelihood)
+    monkeypatch.setattr(metrics, "log_likelihood", log_likelihood)
     q = torch.tensor([[0.4, -0.2], [1.0, 0.5]]), torch.full((2, 2), -1.0)
     p = torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 2)
     # p(y) = integral of N(z; mean, I) exp(-2 |z - c|^2) = prod_d exp(-2 (mean - c)^2 / 5) / sqrt(5)
     want = math.log(5) + 0.4 * (p[0] - torch.tensor([0.5, -0.5])).square().sum(dim=1)
     for of_posterior, of_router in ((8, 56), (4000, 1000), (100, 20000)):
-        found = evaluate.continuous_fidelity(None, None, q, p, 0, of_posterior, of_router)
+        found = metrics.continuous_fidelity(None, None, q, p, 0, of_posterior, of_router)
         assert found["importance_samples"] == of_posterior + of_router
         assert torch.allclose(found["nll"], want, atol=0.5 if of_router == 56 else 0.05)
 
@@ -286,12 +288,15 @@ def test_a_continuous_posterior_learns_once_it_is_no_longer_held(continuous):
     assert not torch.equal(held, learned)
 
 
-def test_a_continuous_run_is_evaluated_and_shown(continuous, capsys):
-    metrics = evaluate.evaluate("out/continuous")
-    assert metrics["nll"] > 0 and metrics["kl"] > 0 and "alignment_one_to_one" not in metrics
+def test_a_continuous_run_is_evaluated_and_shown(continuous, capsys, monkeypatch):
+    found = evaluate.evaluate("out/continuous")
+    assert found["nll"] > 0 and found["kl"] > 0 and "alignment_one_to_one" not in found
     assert {"latent_space.png", "maps.png", "shares.png", "training.png"} <= set(os.listdir("out/continuous"))
     evaluate.main(["out/continuous", "--show=1"])
     assert "z of " in capsys.readouterr().out
+    monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: None)
+    with pytest.raises(SystemExit, match="nothing to show"):
+        evaluate.main(["out/continuous", "--show=1"])
 
 
 def test_a_latent_in_one_dimension_is_drawn_too(tmp_path):
@@ -305,10 +310,10 @@ def test_a_linear_probe_finds_what_is_linear_and_nothing_in_permuted_labels():
     z, group = torch.randn(900, 2, generator=generator), torch.arange(900)
     corners = torch.tensor([[1.0, 0], [-0.5, 0.87], [-0.5, -0.87]])
     labels = torch.cdist(z, corners).argmin(dim=1)
-    assert evaluate.linear_probe(z, labels, group, 3) > 0.98
-    assert abs(evaluate.linear_probe(z, labels, group, 3, generator) - 1 / 3) < 0.06
+    assert metrics.linear_probe(z, labels, group, 3) > 0.98
+    assert abs(metrics.linear_probe(z, labels, group, 3, generator) - 1 / 3) < 0.06
     labels[1::4] = -1  # half of the scored ones follow no strategy
-    assert 0.45 < evaluate.linear_probe(z, labels, group, 3) < 0.52
+    assert 0.45 < metrics.linear_probe(z, labels, group, 3) < 0.52
 
 
 def test_more_threads_change_no_weight(reference):
@@ -332,7 +337,6 @@ def test_looking_at_the_alignment_changes_no_weight(reference):
 
 def test_no_test_input_is_seen_before_the_evaluation(workplace, monkeypatch):
     """Neither by training nor by a look, by which a recipe is chosen."""
-    import tasks
     seen, sample_input = [], tasks.Task.sample_input
 
     def spy(task, rng, test=None):
@@ -345,7 +349,7 @@ def test_no_test_input_is_seen_before_the_evaluation(workplace, monkeypatch):
     monkeypatch.setattr(tasks.Task, "sample_input", spy)
     factorize.factorize(cfg)
     assert len(seen) > 100 and not any(seen)
-    evaluate.different_inputs(made[1], 4, test=True)
+    metrics.different_inputs(made[1], 4, test=True)
     assert any(seen)
 
 
@@ -375,15 +379,15 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
     """evaluate.py needs nothing but the folder, writes all it promises, and repeats itself."""
     os.rename("out/reference", "out/moved")
     try:
-        metrics = evaluate.evaluate("out/moved")
-        assert metrics == evaluate.evaluate("out/moved")
+        found = evaluate.evaluate("out/moved")
+        assert found == evaluate.evaluate("out/moved")
         for name in ("metrics.json", "result.json", "matching.png", "training.png", "shares.png"):
             assert os.path.getsize(f"out/moved/{name}") > 0
         with open("out/moved/result.json") as f:
             assert set(json.load(f)) == {"config", "seed", "commit", "versions", "metrics"}
-        assert all(math.isfinite(value) for value in metrics.values())
-        assert metrics["nll"] > 0
-        assert 0 <= metrics["alignment_one_to_one"] <= metrics["local_strategy_coverage_mean"] <= 1
+        assert all(math.isfinite(value) for value in found.values())
+        assert found["nll"] > 0
+        assert 0 <= found["alignment_one_to_one"] <= found["local_strategy_coverage_mean"] <= 1
     finally:
         os.rename("out/moved", "out/reference")
 
@@ -391,18 +395,18 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
 def test_a_router_that_chooses_by_x_has_the_shares_of_the_base_but_not_on_any_x():
     one_hot, uniform = torch.eye(3), torch.full((3, 3), 1 / 3)
     assert torch.allclose(one_hot.mean(dim=0), uniform[0])
-    assert evaluate.total_variation(one_hot, uniform).tolist() == pytest.approx(3 * [2 / 3])
-    assert evaluate.total_variation(0.9 * uniform, uniform).tolist() == pytest.approx(3 * [0.1])  # a tenth is no trace
+    assert metrics.total_variation(one_hot, uniform).tolist() == pytest.approx(3 * [2 / 3])
+    assert metrics.total_variation(0.9 * uniform, uniform).tolist() == pytest.approx(3 * [0.1])  # a tenth is no trace
 
 
 def test_strategy_probabilities_are_the_shares_of_samples(reference):
     """Of 2048 samples for one x, from the base and from router and generator, within 5 standard errors."""
     _, base, task, tokenizer, model, _ = evaluate.load_run("out/reference")
-    x, = evaluate.different_inputs(task, 1, test=True)
+    x, = metrics.different_inputs(task, 1, test=True)
     generator = seeded(0)
     ys = (train_base.sample_ys(base, tokenizer, 2048 * [tokenizer.prompt(x)], generator),
-          evaluate.router_sampled(model, task, tokenizer, [x], 2048, generator)[1])
-    for p, sampled in zip(evaluate.strategy_probabilities(model, base, task, tokenizer, [x]), ys):
+          metrics.router_sampled(model, task, tokenizer, [x], 2048, generator)[1])
+    for p, sampled in zip(metrics.strategy_probabilities(model, base, task, tokenizer, [x]), ys):
         found = [task.attribute(x, y) for y in sampled]
         for share, s in zip(p[0].tolist(), task.strategies):
             assert abs(found.count(s) / 2048 - share) < 5 * math.sqrt(share * (1 - share) / 2048) + 1e-3
@@ -426,15 +430,14 @@ def test_a_result_without_git_says_so(monkeypatch):
 
 
 def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch):
-    import tasks
     _, base, task, tokenizer, model, q = evaluate.load_run("out/reference")
-    xs = evaluate.different_inputs(task, 8, test=True)
+    xs = metrics.different_inputs(task, 8, test=True)
 
     def gap(answers):
         found = itertools.cycle(answers)
         monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: next(found))
-        metrics = evaluate.held_out(model, q, base, task, tokenizer, xs, 8, 1.0, seed=0)[0]
-        return metrics.get("nll_gap_of_valid"), metrics["nll"] - metrics["base_nll"]
+        scores = metrics.held_out(model, q, base, task, tokenizer, xs, 8, 1.0, seed=0)[0]
+        return scores.get("nll_gap_of_valid"), scores["nll"] - scores["base_nll"]
 
     first, second = "right-first", "down-first"
     assert gap([first, second])[0] == pytest.approx(gap([first, second])[1], abs=1e-4)
@@ -452,7 +455,7 @@ def test_matching_equals_brute_force_over_permutations():
             wide = C if K <= S else C.T
             brute = max(sum(wide[i, p] for i, p in enumerate(perm))
                         for perm in itertools.permutations(range(large), small))
-            score, matching = evaluate.one_to_one_matching(C)
+            score, matching = one_to_one_matching(C)
             used = [s for s in matching if s is not None]
             assert len(matching) == K and len(set(used)) == len(used) == small
             assert score == pytest.approx(brute.item())
@@ -461,25 +464,24 @@ def test_matching_equals_brute_force_over_permutations():
 
 def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
     """Two latents that trade strategies on half of the inputs: coverage 1, alignment 0.5, gap 0.5."""
-    import tasks
     from model import GPT, GPTConfig
     task = tasks.TASKS["linear_equation_solving"]
     tokenizer = tasks.Tokenizer(task.vocab, 2)
-    xs = evaluate.different_inputs(task, 20, test=True)
+    xs = metrics.different_inputs(task, 20, test=True)
     ys = [task.trace(x, task.strategies[(k + i) % 2]) for i, x in enumerate(xs) for k in range(2)]
-    monkeypatch.setattr(evaluate, "sample_ys", lambda *args, **kwargs: ys)
-    metrics, _ = evaluate.controlled(GPT(GPTConfig(len(tokenizer), 2)), task, tokenizer, xs, 0)
-    assert metrics["local_strategy_coverage_mean"] == 1 and metrics["controlled_final_answer_accuracy"] == 1
+    monkeypatch.setattr(metrics, "sample_ys", lambda *args, **kwargs: ys)
+    scores, _ = metrics.controlled(GPT(GPTConfig(len(tokenizer), 2)), task, tokenizer, xs, 0)
+    assert scores["local_strategy_coverage_mean"] == 1 and scores["controlled_final_answer_accuracy"] == 1
     # 2 latents, each right on half of the inputs, over max(K, S) = 3
-    assert metrics["alignment_one_to_one"] == pytest.approx(1 / 3)
-    assert metrics["permutation_gap"] == pytest.approx(2 / 3) and metrics["latent_purity"] == pytest.approx(0.5)
+    assert scores["alignment_one_to_one"] == pytest.approx(1 / 3)
+    assert scores["permutation_gap"] == pytest.approx(2 / 3) and scores["latent_purity"] == pytest.approx(0.5)
 
 
 def test_local_coverage_counts_distinct_strategies_among_the_first_k():
     found = ["a", "b", None, None, "a", "b", "a", "a", "b", "b", None, "a"]  # 4 solutions to each of 3 inputs
-    assert evaluate.local_coverage(found, 4, K=2, S=3) == (pytest.approx((2 + 2 + 1) / 6), pytest.approx(2 / 3))
-    assert evaluate.local_coverage(found, 4, K=4, S=2) == (1, 1)
-    assert evaluate.local_coverage(found, 4, K=3, S=3) == (pytest.approx((2 + 2 + 1) / 9), 0)
+    assert metrics.local_coverage(found, 4, K=2, S=3) == (pytest.approx((2 + 2 + 1) / 6), pytest.approx(2 / 3))
+    assert metrics.local_coverage(found, 4, K=4, S=2) == (1, 1)
+    assert metrics.local_coverage(found, 4, K=3, S=3) == (pytest.approx((2 + 2 + 1) / 9), 0)
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -507,11 +509,15 @@ def test_local_coverage_counts_distinct_strategies_among_the_first_k():
     (["train_base.py", "configs/tiny_base.py", "--crop=-1"], "'crop' takes no negative"),
     (["train_base.py", "configs/tiny_base.py", "--n_head=3"], "'n_embd' (64) must be an even multiple of n_head (3)"),
     (["train_base.py", "configs/tiny_base.py", "--strategy_weights=['a', 1, 1]"], "list of numbers"),
-    (["train_base.py", "configs/tiny_base.py", "--lr=1e999"], "'lr' takes no negative or infinite"),
+    (["train_base.py", "configs/tiny_base.py", "--lr=1e999"], "'lr' takes no negative number, and none of 10^12"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 0}"], "task_sizes"),
     (["factorize.py", "configs/tiny_discrete.py", "--name=few", "--cluster_inputs=1", "--cluster_responses=2"],
      "too few for 3 clusters"),
     (["factorize.py", "configs/tiny_discrete.py", "--tau=0"], "'tau' must not be 0"),
+    (["train_base.py", "configs/tiny_base.py", "--seed=1795658400000000000"], "'seed' takes no negative number"),
+    (["factorize.py", "configs/tiny_continuous.py", "--cluster_inputs=0"], "a continuous z needs clusters"),
+    (["factorize.py", "configs/tiny_continuous.py", "--name=unequal", "--prior=[98, 1, 1]"], "of such unequal shares"),
+    (["train_base.py", "configs/base_conversion_base.py", "--task_sizes={'min_value': 0}"], "at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--batch_size=2"], "one record of each strategy"),
     (["train_base.py", "configs/tiny_base.py", "--final_eval_size=0"], "'final_eval_size' must be at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--optimizer=sgd"], "'muon' or 'adamw', got 'sgd'"),
@@ -525,7 +531,7 @@ def test_local_coverage_counts_distinct_strategies_among_the_first_k():
     (["factorize.py", "configs/tiny_discrete.py", "--pool_size=100"], "(100) must be a multiple of batch_size"),
     (["evaluate.py", "out/nothing"], "does not exist"),
     (["evaluate.py", "out/tiny_base"], "is no factorization checkpoint"),
-    (["evaluate.py", "out/reference", "--shw=2"], "unknown or incomplete flag"),
+    (["evaluate.py", "out/reference", "--figures", "--shw=2"], "unknown or incomplete flag '--shw=2'"),
     (["evaluate.py", "out/reference", "--x=1 2 to"], "expected 'row column to row column'"),
     (["evaluate.py", "out/reference", "--x=1 2 hop 3 4"], "not in the task's vocabulary"),
 ])
@@ -756,9 +762,20 @@ def test_a_saved_state_survives_a_kill_and_lines_after_it_are_dropped(reference,
 
 
 def test_a_second_run_in_a_folder_is_refused(reference):
-    for flag, words in (("--overwrite=False", "holds a run already"), ("--resume=True", "finished run")):
+    for flag, words in (("--resume=False", "holds a run already"), ("--resume=True", "finished run")):
         with pytest.raises(SystemExit, match=words):
-            run("reference", flag)
+            run("reference", flag, "--overwrite=False")
+
+
+def test_a_run_that_starts_again_may_be_resumed_before_it_has_saved_anything(workplace, monkeypatch):
+    """Interrupted while the checkpoint of an earlier run is all there is, it starts again if that is allowed."""
+    log, weights = run("once_more")
+    with monkeypatch.context() as patch:
+        patch.setattr(factorize, "start_posterior", None)
+        with pytest.raises(TypeError):
+            run("once_more")
+    again, weights_again = run("once_more", "--resume=True", "--overwrite=True")
+    assert log == again and same(weights, weights_again)
 
 
 def test_a_run_goes_on_only_as_it_was_begun(workplace, monkeypatch):

@@ -9,6 +9,7 @@ import configs
 import evaluate
 import factorize
 import losses
+import metrics
 import model
 import parallel
 import posterior
@@ -51,8 +52,8 @@ def test_every_command_names_files_and_keys_that_exist():
 
 def test_every_function_that_the_text_names_exists():
     """`losses.categorical_kl`, `model.GPT.with_latents` and so on; every term of the objective has its function."""
-    modules = [evaluate, factorize, losses, model, parallel, posterior, tasks, train_base]
-    named = re.findall(rf"`({'|'.join(module.__name__ for module in modules)})\.((?!py\b)[\w.]+)`", README)
+    modules = [evaluate, factorize, losses, metrics, model, parallel, posterior, tasks, train_base]
+    named = re.findall(rf"`({'|'.join(module.__name__ for module in modules)})\.((?!py\b|json\b)[\w.]+)`", README)
     for module, path in named:
         found = next(each for each in modules if each.__name__ == module)
         for name in path.split("."):
@@ -81,9 +82,9 @@ def test_every_logged_number_is_explained(workplace, z):
         "configs/tiny_discrete.py", "--name=logged", "--overwrite=True", z, "--steps=2", "--held_steps=1",
         "--responsibility_steps=1", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4",
         "--slot_steps=2", "--pool_size=64", "--eval_inputs=4", "--eval_samples=2"]))
-    metrics = evaluate.evaluate(folder)
+    found = evaluate.evaluate(folder)
     with open(os.path.join(folder, "log.jsonl")) as f:
-        keys = set(metrics) | {key for line in f for key in json.loads(line)}
+        keys = set(found) | {key for line in f for key in json.loads(line)}
     section = README.split("## What the numbers mean")[1].split("\n## ")[0]
     explained = re.findall(r"`(\w+|loss_fraction_<term>)`", section)
     assert {k for k in keys if not k.startswith("loss_fraction_")} <= set(explained)
