@@ -66,7 +66,7 @@ CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z
 
 
 VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on which the recipe is taken apart
-VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "no_clusters": "no clusters", "elbo": "plain ELBO"}
+VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "no_clusters": "no clusters", "elbo": "the ELBO alone"}
 
 
 def variant_of(name):
@@ -85,8 +85,10 @@ def variants_table():
 
     recipe = {field.name: field.default for field in dataclasses.fields(factorize.Config)}
 
-    def flags(result):
-        changed = [f"--{key}={value}" for key, value in result["config"].items() if value != recipe.get(key, value)]
+    def flags(variant, result):  # a variant of the ELBO is compared to the ELBO alone
+        other = runs["elbo"]["grid"][0]["config"] if variant.startswith("elbo_") else {}
+        changed = [f"--{key}={value}" for key, value in result["config"].items()
+                   if value != other.get(key, recipe.get(key, value))]
         return " ".join(flag for flag in changed if not re.match("--(base|name|seed|threads|device|eval_every)=", flag))
 
     def cell(found):
@@ -95,7 +97,7 @@ def variants_table():
 
     for variant, label in VARIANTS.items():
         of_task = runs[variant]
-        (flag,) = {flags(result) for found in of_task.values() for result in found}  # a row is of one setting
+        (flag,) = {flags(variant, result) for found in of_task.values() for result in found}  # a row is of one setting
         seeds = sorted({len(found) for found in of_task.values()})
         rows.append([label, f"`{flag}`" if flag else "", " to ".join(map(str, sorted({seeds[0], seeds[-1]}))),
                      *(cell(of_task.get(task)) for task in VARIED)])

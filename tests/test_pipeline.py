@@ -412,6 +412,15 @@ def test_strategy_probabilities_are_the_shares_of_samples(reference):
             assert abs(found.count(s) / 2048 - share) < 5 * math.sqrt(share * (1 - share) / 2048) + 1e-3
 
 
+def test_the_strategy_of_a_router_sample_is_that_on_its_own_input(reference, monkeypatch):
+    _, _, task, tokenizer, model, _ = evaluate.load_run("out/reference")
+    xs = metrics.different_inputs(task, 4, test=True)
+    ys = [task.trace(x, s) for x in xs for s in task.strategies]
+    monkeypatch.setattr(metrics, "sample_ys", lambda *args, **kwargs: ys)
+    z, sampled, found = metrics.router_sampled(model, task, tokenizer, xs, len(task.strategies), seeded(0))
+    assert z.shape == (4, 3) and sampled == ys and found == 4 * list(task.strategies)
+
+
 def test_a_log_of_another_run_is_not_drawn(reference, capsys):
     """As while a run starts again in the folder of a finished one: its log is cut, and not of the checkpoint."""
     shutil.copytree("out/reference", "out/again", dirs_exist_ok=True)
@@ -517,7 +526,7 @@ def test_local_coverage_counts_distinct_strategies_among_the_first_k():
     (["train_base.py", "configs/tiny_base.py", "--seed=1795658400000000000"], "'seed' takes no negative number"),
     (["factorize.py", "configs/tiny_continuous.py", "--cluster_inputs=0"], "a continuous z needs clusters"),
     (["factorize.py", "configs/tiny_continuous.py", "--name=unequal", "--prior=[98, 1, 1]"], "of such unequal shares"),
-    (["train_base.py", "configs/base_conversion_base.py", "--task_sizes={'min_value': 0}"], "at least 1"),
+    (["train_base.py", "configs/base_conversion_base.py", "--name=zero", "--steps=1", "--task_sizes={'min_value': 0}"], "at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--batch_size=2"], "one record of each strategy"),
     (["train_base.py", "configs/tiny_base.py", "--final_eval_size=0"], "'final_eval_size' must be at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--optimizer=sgd"], "'muon' or 'adamw', got 'sgd'"),
