@@ -43,8 +43,8 @@ def base_table():
 
 
 def mean_and_std(values, digits=3):
-    """"0.991 ± 0.002"; a single value stands alone."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    """"0.991 ± 0.002"; what is the same in all runs, such as what depends on the base alone, stands alone."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{round(statistics.mean(values), digits) + 0.0:.{digits}f}{spread}"  # + 0.0: no minus before a zero
 
 
