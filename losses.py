@@ -76,9 +76,9 @@ def inter_latent_jsd(logp_tokens, w):
 
 @torch.no_grad()
 def balanced_responsibilities(scores, log_prior, group=None, log_weight=None, iterations=30):
-    """T = Sinkhorn(scores): rows sum to 1, and the weighted mean of the rows of each group goes to the prior, so that no
-    latent dies and none takes all; in the limit, T is the closest of all such couplings to softmax(scores) in KL [2, 3].
-    After a few iterations rows whose scores differ by much have not moved, which is as well: they are sure.
+    """T = Sinkhorn(scores): rows sum to 1, and the weighted mean of the rows of each group goes to the prior, so that
+    no latent dies and none takes all; in the limit, T is the closest of all such couplings to softmax(scores) in KL
+    [2, 3]. After a few iterations rows whose scores differ by much have not moved, which is as well: they are sure.
 
     scores (B, K), for example log p(y|x,z) / tau; log_prior (K,); group (B,) of integers from 0 and log_weight (B,);
     by default one group, the batch, of equal weights. Weights sum to 1 in every group, or to less: what is missing

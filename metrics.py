@@ -76,8 +76,8 @@ def router(model, tokenizer, xs):
 
 @torch.no_grad()
 def router_sampled(model, task, tokenizer, xs, samples, generator):
-    """z ~ p(z|x), then y ~ p(y|x,z), `samples` times for every x in turn. Returns z (N, samples) or (N, samples, D), the
-    y, and the strategy of each, or None."""
+    """z ~ p(z|x), then y ~ p(y|x,z), `samples` times for every x in turn. Returns z (N, samples) or (N, samples, D),
+    the y, and the strategy of each, or None."""
     if model.config.z_dim:
         mean, log_var = (part[:, None] for part in router(model, tokenizer, xs))
         noise = torch.randn(len(xs), samples, model.config.z_dim, generator=generator)

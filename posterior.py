@@ -116,8 +116,8 @@ class Posterior(nn.Module):
         self.head.zero_grad()
 
     def cell(self, z):
-        """(N, D) -> (N,): which of K cells z is in. Each lies around a corner, and a z ~ N(0, I) is in it about as often
-        as a response of the base is in the corner's cluster. They divide space in the same way for every x."""
+        """(N, D) -> (N,): which of K cells z is in. Each lies around a corner, and a z ~ N(0, I) is in it about as
+        often as a response of the base is in the corner's cluster. They divide space in the same way for every x."""
         return (torch.cdist(z, self.corners).square() - self.offset).argmin(dim=1)
 
     def forward(self, pairs):

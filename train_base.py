@@ -215,8 +215,8 @@ def find_state(cfg):
                      "--overwrite=True starts again")
         return state
     if cfg.resume and not cfg.overwrite and os.path.exists(os.path.join(folder, "ckpt.pt")):
-        fail(f"'{folder}' holds a finished run and no saved state to go on from: python evaluate.py {folder} evaluates a "
-             "factorization, --overwrite=True starts again")
+        fail(f"'{folder}' holds a finished run and no saved state to go on from: python evaluate.py {folder} evaluates "
+             "a factorization, --overwrite=True starts again")
     if os.path.exists(os.path.join(folder, "log.jsonl")) and not cfg.resume and not cfg.overwrite:
         fail(f"'{folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
 

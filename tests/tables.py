@@ -66,8 +66,8 @@ CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z
 
 
 VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on which the recipe is taken apart
-VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "no_clusters": "no clusters", "elbo": "the ELBO alone",
-            "elbo_token_weighted": "the same, tokens weighted"}
+VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "no_clusters": "no clusters",
+            "elbo": "the ELBO alone", "elbo_token_weighted": "the same, tokens weighted"}
 
 
 def variant_of(name):
