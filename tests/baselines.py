@@ -1,12 +1,14 @@
-"""Baselines for the README's table: what labels would give, and what plain clustering finds. No part of the recipe.
+"""Comparisons for the README: what labels would give, what plain clustering finds, what two tasks in one base do.
 
     python tests/baselines.py supervised configs/grid_discrete.py --name=grid_supervised --seed=0
     python tests/baselines.py clusters configs/grid_discrete.py --seed=0 > assets/results/clusters/grid_seed0.json
+    python tests/baselines.py two_tasks tests/two_tasks_discrete.py --seed=0
 
 `supervised` is factorize.py with the true strategies as labels, in place of clusters, held labels and responsibilities:
 what the generator reaches in as many steps when somebody tells it. `clusters` needs no generator: it shares out the
 recipe's own responses of the base, once by k-means on mean hidden states, raw or minus their mean over the responses to
 the same x, and once as the recipe does, and prints how much of the responses' probability is in the right cluster.
+`two_tasks` is factorize.py on a base of two tasks (`grids_and_equations`), measured on each of them apart.
 """
 import dataclasses
 import json
@@ -24,8 +26,10 @@ import metrics
 import parallel
 from model import in_pieces
 from posterior import Posterior, cluster_responses, one_to_one_matching
-from tasks import Tokenizer
-from train_base import result_of
+from tasks import TASK_FUNCTIONS, TASKS, Task, Tokenizer
+from train_base import result_of, write_result
+
+TWO = {"grid": TASKS["grid_pathfinding"], "equation": TASKS["linear_equation_solving"]}
 
 
 def strategies_of(task, tokenizer, pairs):
@@ -87,6 +91,31 @@ def clusters(cfg):
     print(json.dumps(result_of(dataclasses.asdict(cfg), shares), indent=1))
 
 
+def grids_and_equations():
+    """A task whose x is a grid or an equation. Its strategy i is the i-th of either: which strategy of one goes with
+    which of the other is arbitrary."""
+    def kind(x):
+        return "grid" if "to" in x else "equation"
+
+    def steps(i):
+        return lambda x: list(TWO[kind(x)].steps.values())[i](x)
+
+    return Task("grids_and_equations", tuple(dict.fromkeys(t for task in TWO.values() for t in task.vocab)),
+                draw=lambda rng: rng.choice(list(TWO.values())).draw(rng), check=lambda x: TWO[kind(x)].check(x),
+                answer=lambda x: TWO[kind(x)].answer(x), steps={f"strategy {i + 1}": steps(i) for i in range(3)})
+
+
+def two_tasks(cfg):
+    folder = factorize.factorize(cfg)
+    _, _, task, tokenizer, model, _ = evaluate.load_run(folder)
+    xs = metrics.different_inputs(task, 2 * cfg.eval_inputs, test=True)
+    found = {name: metrics.controlled(model, task, tokenizer, [x for x in xs if not one.check(x)], seed=0)[0]
+             for name, one in TWO.items()}
+    write_result(folder, dataclasses.asdict(cfg), found)
+    print(json.dumps(found, indent=1))
+
+
 if __name__ == "__main__":
+    TASK_FUNCTIONS["grids_and_equations"], TASKS["grids_and_equations"] = grids_and_equations, grids_and_equations()
     what, *flags = sys.argv[1:]
-    {"supervised": supervised, "clusters": clusters}[what](configs.load(factorize, flags))
+    {"supervised": supervised, "clusters": clusters, "two_tasks": two_tasks}[what](configs.load(factorize, flags))
