@@ -30,7 +30,7 @@ def load_run(folder):
     """Run folder -> (checkpoint, base, task, tokenizer, model, posterior), with the threads of its config in use."""
     checkpoint = load_checkpoint(os.path.join(folder, "ckpt.pt"), "factorization")
     cfg = checkpoint["config"]
-    parallel.start(cfg["threads"], "cpu" if cfg.get("device", "cpu") == "cpu" else "auto")
+    parallel.start(cfg["threads"], "cpu" if cfg["device"] == "cpu" else "auto")
     base, task = build_base(checkpoint["base"])
     model = GPT(GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
@@ -70,7 +70,7 @@ def evaluate(folder, seed=0):
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
     metrics |= {"test_inputs": len(xs), "minutes": checkpoint["minutes"],
                 "start_nll_error": checkpoint["start_nll_error"]}
-    write_result(folder, cfg, metrics)
+    write_result(folder, cfg, checkpoint["made_with"] | {"base": checkpoint["base"]["config"]}, metrics)
     if D:
         figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), task.strategies,
                                   os.path.join(folder, "latent_space.png"))

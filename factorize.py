@@ -220,7 +220,7 @@ def factorize(cfg, signals):
     base, task, base_checkpoint = get_base(cfg)
     n_tokens = 0 if cfg.z_dim else K  # a continuous z needs no token of its own
     torch.manual_seed(cfg.seed)  # after the base, which may or may not have been trained just now
-    c_base = base_checkpoint["c_base"]
+    c_base, made_with = base_checkpoint["c_base"], train_base.provenance()
     tokenizer = Tokenizer(task.vocab, n_tokens)
     log_prior = torch.tensor(cfg.prior or K * [1.0]).log().log_softmax(dim=0)
     folder, log = open_run(cfg, state)
@@ -274,7 +274,7 @@ def factorize(cfg, signals):
         # example estimates the reconstruction without bias and costs a K-th, or from a continuous z in the pair's cell.
         held, elbo = step < cfg.held_steps, float(step >= elbo_step)
         if cfg.z_dim:
-            mean, log_var, tiled = (label[rows] for label in labels)  # (B, D) each
+            mean, log_var, tiled = (part[rows] for part in labels)  # (B, D) each
             z, assignment = tiled[:, None], torch.zeros(cfg.batch_size, 1)
             if elbo:
                 mean, log_var = q(batch)
@@ -354,7 +354,8 @@ def factorize(cfg, signals):
     finish(folder, log, {
         "kind": "factorization", "config": dataclasses.asdict(cfg), "base": base_checkpoint,
         "model_config": vars(model.config), "model": model.state_dict(), "posterior": q.state_dict(),
-        "minutes": (time.time() - start) / 60, "last_log": entry, "start_nll_error": start_nll_error})
+        "minutes": (time.time() - start) / 60, "last_log": entry, "start_nll_error": start_nll_error,
+        "made_with": made_with})
     return folder
 
 

@@ -14,7 +14,7 @@ import losses
 from model import Pairs, gaussian, in_pieces, log_likelihood, pad, sample_pairs, score_base
 from parallel import seeded
 from posterior import one_to_one_matching
-from train_base import sample_ys, score_answers
+from train_base import check_lengths, sample_ys, score_answers
 
 SAMPLES = 16  # z of the router for every x, where z is continuous
 
@@ -120,6 +120,7 @@ def strategy_probabilities(model, base, task, tokenizer, xs):
     each."""
     S = len(task.strategies)
     records = [tokenizer.record(x, task.trace(x, s)) for x in xs for s in task.strategies]
+    check_lengths(records, model.config.block_size)
     starts = torch.tensor([len(tokenizer.prompt(x)) for x in xs for _ in task.strategies])
     pairs = Pairs(pad(records), starts, torch.zeros(len(records), max(map(len, records))))
     log_base = in_pieces(lambda piece: -score_base(base, piece.ids, piece.starts).sum(dim=1), pairs)

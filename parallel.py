@@ -108,9 +108,9 @@ def sum_pieces(f, *pieces):
     return sum_in_threads(f, *map(mine, pieces))
 
 
-def sum_in_threads(f, *mine):
-    """The same, where `mine` are pieces of this process alone."""
-    return add_up(threads.map(f, *mine))
+def sum_in_threads(f, *pieces):
+    """The same, where `pieces` are those of this process alone."""
+    return add_up(threads.map(f, *pieces))
 
 
 def add_up(parts):

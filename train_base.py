@@ -2,7 +2,7 @@
 
     python train_base.py configs/sorting_base.py
 
-Leaves out/sorting_base/ with ckpt.pt, config.json, log.jsonl and metrics.json. The lowest loss anybody can reach is the
+Leaves out/sorting_base/ with ckpt.pt, config.json, log.jsonl, metrics.json and result.json. The lowest loss anybody can reach is the
 entropy of the mixture, log S nats a sequence for S equally likely strategies: traces are deterministic given one.
 """
 import dataclasses
@@ -27,7 +27,7 @@ from model import GPT, GPTConfig, pad, sample_in_batches, score_base
 from parallel import in_threads, seeded, sum_pieces
 from tasks import TASK_FUNCTIONS, TASKS, Tokenizer
 
-VERSIONS = {"base": 1, "factorization": 2, "state": 2}  # of what a checkpoint of each kind holds; no other is read
+VERSIONS = {"base": 1, "factorization": 3, "state": 2}  # of what a checkpoint of each kind holds; no other is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,9 @@ def make_task(name, sizes):
     try:
         task = TASK_FUNCTIONS[name](**sizes)
         for test in (False, True):  # sizes may leave no inputs, or numbers that the vocabulary cannot write
-            record_batch(task, Tokenizer(task.vocab), task.strategies, random.Random(0), 20, test)
+            records, starts = record_batch(task, Tokenizer(task.vocab), task.strategies, random.Random(0), 20, test)
+            if len({tuple(record[:start]) for record, start in zip(records, starts)}) < 2:
+                raise ValueError(f"{name} of these sizes has a single {'test' if test else 'training'} input")
         return task
     except KeyError as e:
         fail(f"config key 'task_sizes': {e} is not in the vocabulary of {name}")
@@ -326,17 +328,17 @@ def current_commit():
     return git.stdout.strip() or "unknown"
 
 
-def result_of(config, metrics):
-    """What a result file holds: the metrics, and all that is needed to repeat the run."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-    return {"config": config, "seed": config["seed"], "commit": current_commit(), "versions": versions,
-            "metrics": metrics}
+def provenance():
+    """What a run is made with. Taken as it begins: another commit may be checked out when it is evaluated."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "machine": platform.machine()}
+    return {"commit": current_commit(), "versions": versions}
 
 
-def write_result(folder, config, metrics):
+def write_result(folder, config, made_with, metrics):
     """metrics.json, and result.json: the same with all that is needed to repeat the run."""
     write_json(os.path.join(folder, "metrics.json"), metrics)
-    write_json(os.path.join(folder, "result.json"), result_of(config, metrics))
+    write_json(os.path.join(folder, "result.json"),
+               {"config": config, "seed": config["seed"], **made_with, "metrics": metrics})
 
 
 @interruptible
@@ -352,8 +354,8 @@ def train(cfg, signals):
     parallel.start(cfg.threads, cfg.device, cfg.precision)
     torch.manual_seed(cfg.seed)
     task = make_task(cfg.task, cfg.task_sizes)
-    tokenizer = Tokenizer(task.vocab)
-    weights = cfg.strategy_weights or [1.0] * len(task.strategies)
+    tokenizer, made_with = Tokenizer(task.vocab), provenance()
+    weights = [1.0] * len(task.strategies) if cfg.strategy_weights is None else cfg.strategy_weights
     if len(weights) != len(task.strategies) or sum(weights) <= 0:
         fail(f"config key 'strategy_weights' takes {len(task.strategies)} weights, not all 0: {task.strategies}")
     mixture = {strategy: w / sum(weights) for strategy, w in zip(task.strategies, weights) if w}
@@ -367,7 +369,9 @@ def train(cfg, signals):
     if cfg.compile:
         model.compile()
     parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
-    check_lengths(record_batch(task, tokenizer, mixture, random.Random(0), 500, test=False)[0], cfg.block_size)
+    for test in (False, True):  # of the test inputs those that `validate` draws
+        check_lengths(record_batch(task, tokenizer, mixture, random.Random(f"validation {cfg.seed}"),
+                                   math.ceil(cfg.final_eval_size / len(mixture)), test)[0], cfg.block_size)
     state = find_state(cfg)
     folder, log = open_run(cfg, state)
     first_step, start, scores = 0, time.time(), None
@@ -413,7 +417,7 @@ def train(cfg, signals):
         if (received or (step + 1) % cfg.save_every == 0) and step + 1 < cfg.steps:
             save_state(folder, log, cfg, step + 1, model, optimizers, minutes=(time.time() - start) / 60)
             stop(received, cfg, step + 1)
-    write_result(folder, dataclasses.asdict(cfg), scores)
+    write_result(folder, dataclasses.asdict(cfg), made_with, scores)
     finish(folder, log, {
         "kind": "base", "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
         "model": model.state_dict(), "vocab": list(task.vocab), "c_base": scores["nll"]})

@@ -41,8 +41,7 @@ def check_type(key, value, kind):
 
 def usage(script):
     """The docstring of a script and the fields of its Config with their comments: the --help text."""
-    source = inspect.getsource(script.Config)
-    fields = "\n".join(line for line in source.splitlines()[2:] if line.startswith("    ") and ":" in line)
+    fields = "\n".join(inspect.getsource(script.Config).splitlines()[2:])
     return f"{script.__doc__}\nconfig keys, with their defaults:\n{fields}"
 
 

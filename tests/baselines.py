@@ -27,7 +27,7 @@ import parallel
 from model import in_pieces
 from posterior import Posterior, cluster_responses, one_to_one_matching
 from tasks import TASK_FUNCTIONS, TASKS, Task, Tokenizer
-from train_base import result_of, write_result
+from train_base import provenance, write_result
 
 TWO = {"grid": TASKS["grid_pathfinding"], "equation": TASKS["linear_equation_solving"]}
 
@@ -88,7 +88,8 @@ def clusters(cfg):
     torch.manual_seed(cfg.seed)
     factorize.start_posterior(q, base, task, tokenizer, cfg, torch.zeros(K).log_softmax(dim=0))
     shares["linear_posterior"] = right(q(pairs).argmax(dim=1).detach())
-    print(json.dumps(result_of(dataclasses.asdict(cfg), shares), indent=1))
+    config = dataclasses.asdict(cfg)
+    print(json.dumps({"config": config, "seed": cfg.seed, **provenance(), "metrics": shares}, indent=1))
 
 
 def grids_and_equations():
@@ -107,11 +108,11 @@ def grids_and_equations():
 
 def two_tasks(cfg):
     folder = factorize.factorize(cfg)
-    _, _, task, tokenizer, model, _ = evaluate.load_run(folder)
+    checkpoint, _, task, tokenizer, model, _ = evaluate.load_run(folder)
     xs = metrics.different_inputs(task, 2 * cfg.eval_inputs, test=True)
     found = {name: metrics.controlled(model, task, tokenizer, [x for x in xs if not one.check(x)], seed=0)[0]
              for name, one in TWO.items()}
-    write_result(folder, dataclasses.asdict(cfg), found)
+    write_result(folder, checkpoint["config"], checkpoint["made_with"], found)
     print(json.dumps(found, indent=1))
 
 

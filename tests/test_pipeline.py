@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -18,12 +19,12 @@ import configs
 import evaluate
 import factorize
 import figures
+import losses
 import metrics
 import tasks
 import train_base
 from conftest import ROOT
 from parallel import seeded
-from posterior import one_to_one_matching
 
 SHORT = ["configs/tiny_discrete.py", "--steps=4", "--held_steps=1", "--responsibility_steps=2", "--eval_every=2",
          "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2", "--pool_size=32",
@@ -136,15 +137,34 @@ def test_no_label_reaches_training(reference, monkeypatch):
     assert same(run("relabelled")[1], reference[1])
 
 
-def test_a_loss_at_weight_zero_equals_the_run_without_it(reference):
-    """Explicit zeros for every auxiliary weight that is 0 by default."""
-    zero = [f"--{name}_weight=0" for name in ("token_weighted", "posterior_entropy", "router_marginal_kl", "jsd")]
-    assert same(run("zeros", *zero)[1], reference[1])
+def test_a_loss_at_weight_zero_takes_no_part(reference, monkeypatch):
+    """Whatever the losses say that weigh nothing by default, even NaN, training is the same; the log has it."""
+    for name in ("token_weighted_nll", "posterior_entropy", "router_marginal_kl", "inter_latent_jsd"):
+        monkeypatch.setattr(losses, name, lambda *args, loss=getattr(losses, name): math.nan * loss(*args))
+    log, weights = run("zeros")
+    assert same(weights, reference[1]) and log[-1]["objective"] == reference[0][-1]["objective"]
+    for term in ("token_weighted", "posterior_entropy", "router_marginal_kl", "jsd"):
+        assert math.isnan(log[-1][term]) and math.isfinite(reference[0][-1][term])
+
+
+def test_the_objective_of_every_stage(reference):
+    """J from the logged raw terms: held, two steps of responsibilities, the ELBO."""
+    c_base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"]
+    for entry, q_learns, elbo in zip(reference[0], (0, 1, 1, 0), (0, 0, 0, 1), strict=True):
+        assert entry["objective"] == pytest.approx(
+            entry["reconstruction"] / c_base + 0.1 * entry["router_support"] + elbo * 0.1 * entry["kl"]
+            + (1 - elbo) * entry["router_distillation"] + q_learns * entry["posterior_distillation"], rel=1e-5)
+        assert min(entry[term] for term in ("router_support", "kl", "posterior_distillation")) > 1e-4
 
 
 @pytest.mark.parametrize("term", ["token_weighted", "posterior_entropy", "router_support", "router_marginal_kl", "jsd"])
 def test_every_loss_can_be_switched_on_and_takes_its_share(reference, term):
-    log, _ = run(term, f"--{term}_weight=0.7", "--cluster_inputs=0", "--held_steps=0", "--responsibility_steps=0")
+    log, _ = run(term, f"--{term}_weight=0.7", "--router_support_weight=0" if term != "router_support" else "--beta=0.1",
+                 "--cluster_inputs=0", "--held_steps=0", "--responsibility_steps=0")
+    c_base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"]
+    for entry in log:  # latents should differ: their divergence is the one term to be raised
+        assert entry["objective"] == pytest.approx(entry["reconstruction"] / c_base + 0.1 * entry["kl"]
+                                                   + (-0.7 if term == "jsd" else 0.7) * entry[term], rel=1e-5)
     if term != "router_marginal_kl":  # a router that starts uniform owes nothing yet
         assert any(entry[f"loss_fraction_{term}"] > 0 for entry in log)
     fractions = [value for key, value in log[-1].items() if key.startswith("loss_fraction_")]
@@ -169,6 +189,32 @@ def test_labels_are_the_posteriors_while_held_and_the_generators_afterwards(work
     _, later = factorize.label(model, q, pool, cfg, 5, prior)
     want = factorize.losses.balanced_responsibilities(logp / 0.7 + 2 * logq, prior)
     assert torch.allclose(later.exp(), want.exp(), atol=1e-3) and logp.std() > 0.1 and logq.std() > 0.1
+
+
+@pytest.mark.parametrize("z_dim", [0, 2])
+def test_every_pair_is_trained_on_its_own_label(workplace, monkeypatch, z_dim):
+    """Labels that are a function of the pair's tokens arrive at the generator beside these tokens."""
+    def of(pairs):
+        return pairs.ids.sum(dim=1) % 3
+
+    def label(model, q, pool, *more):
+        log_t = torch.nn.functional.one_hot(of(pool), 3).float().log().clamp(min=-1e4)
+        return log_t, log_t
+
+    def tile(q, pool, *more):
+        return *q(pool), of(pool)[:, None].expand(-1, 2).float()
+
+    def spy(model, batch, z, *more):
+        arrived.append((batch.ids.tolist(), z[:, -1] if z_dim == 0 else z[:, -1, 0], of(batch)))
+        return score_batch(model, batch, z, *more)
+
+    arrived, score_batch = [], factorize.score_batch
+    for name, replaced in (("label", label), ("tile", torch.no_grad()(tile)), ("score_batch", spy)):
+        monkeypatch.setattr(factorize, name, replaced)
+    run("own", f"--z_dim={z_dim}", "--batch_size=8", "--held_steps=2", "--responsibility_steps=2")
+    assert len(arrived) == 4 and all(torch.equal(z, want) for _, z, want in arrived)
+    assert len(set(torch.cat([want for *_, want in arrived]).tolist())) == 3
+    assert len({tuple(row) for ids, *_ in arrived for row in ids}) > 24  # other pairs of the pool in every step
 
 
 def test_tiling_fills_the_prior_and_every_pair_gets_a_z_of_its_cell():
@@ -241,23 +287,6 @@ def test_the_gradient_reaches_a_continuous_z_through_pieces(workplace):
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()) for a, b in zip(got, want))
 
 
-def test_the_bound_is_the_same_whoever_the_samples_come_from(monkeypatch):
-    """Many samples, most of them from a posterior that is narrower than the router and beside it, or hardly any: each
-    is weighted as one of the mixture, and both bounds are the log of the same integral."""
-    def log_likelihood(model, pairs, z):
-        return -2 * (z - torch.tensor([0.5, -0.5])).square().sum(dim=2)
-
-    monkeypatch.setattr(metrics, "log_likelihood", log_likelihood)
-    q = torch.tensor([[0.4, -0.2], [1.0, 0.5]]), torch.full((2, 2), -1.0)
-    p = torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 2)
-    # p(y) = integral of N(z; mean, I) exp(-2 |z - c|^2) = prod_d exp(-2 (mean - c)^2 / 5) / sqrt(5)
-    want = math.log(5) + 0.4 * (p[0] - torch.tensor([0.5, -0.5])).square().sum(dim=1)
-    for of_posterior, of_router in ((8, 56), (4000, 1000), (100, 20000)):
-        found = metrics.continuous_fidelity(None, None, q, p, 0, of_posterior, of_router)
-        assert found["importance_samples"] == of_posterior + of_router
-        assert torch.allclose(found["nll"], want, atol=0.5 if of_router == 56 else 0.05)
-
-
 CONTINUOUS = ["--z_dim=2", "--steps=4", "--held_steps=2"]
 
 
@@ -303,17 +332,6 @@ def test_a_latent_in_one_dimension_is_drawn_too(tmp_path):
     figures.draw_latent_space(torch.randn(9, 1), torch.arange(9) % 3, torch.randn(9, 1), torch.arange(9) % 3 - 1,
                               ("a", "b", "c"), tmp_path / "line.png")
     assert (tmp_path / "line.png").stat().st_size > 1000
-
-
-def test_a_linear_probe_finds_what_is_linear_and_nothing_in_permuted_labels():
-    generator = torch.Generator().manual_seed(0)
-    z, group = torch.randn(900, 2, generator=generator), torch.arange(900)
-    corners = torch.tensor([[1.0, 0], [-0.5, 0.87], [-0.5, -0.87]])
-    labels = torch.cdist(z, corners).argmin(dim=1)
-    assert metrics.linear_probe(z, labels, group, 3) > 0.98
-    assert abs(metrics.linear_probe(z, labels, group, 3, generator) - 1 / 3) < 0.06
-    labels[1::4] = -1  # half of the scored ones follow no strategy
-    assert 0.45 < metrics.linear_probe(z, labels, group, 3) < 0.52
 
 
 def test_more_threads_change_no_weight(reference):
@@ -384,19 +402,12 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
         for name in ("metrics.json", "result.json", "matching.png", "training.png", "shares.png"):
             assert os.path.getsize(f"out/moved/{name}") > 0
         with open("out/moved/result.json") as f:
-            assert set(json.load(f)) == {"config", "seed", "commit", "versions", "metrics"}
+            assert set(json.load(f)) == {"config", "seed", "commit", "versions", "base", "metrics"}
         assert all(math.isfinite(value) for value in found.values())
         assert found["nll"] > 0
         assert 0 <= found["alignment_one_to_one"] <= found["local_strategy_coverage_mean"] <= 1
     finally:
         os.rename("out/moved", "out/reference")
-
-
-def test_a_router_that_chooses_by_x_has_the_shares_of_the_base_but_not_on_any_x():
-    one_hot, uniform = torch.eye(3), torch.full((3, 3), 1 / 3)
-    assert torch.allclose(one_hot.mean(dim=0), uniform[0])
-    assert metrics.total_variation(one_hot, uniform).tolist() == pytest.approx(3 * [2 / 3])
-    assert metrics.total_variation(0.9 * uniform, uniform).tolist() == pytest.approx(3 * [0.1])  # a tenth is no trace
 
 
 def test_strategy_probabilities_are_the_shares_of_samples(reference):
@@ -435,7 +446,16 @@ def test_a_result_without_git_says_so(monkeypatch):
     def missing(*args, **kwargs):
         raise FileNotFoundError("git")
     monkeypatch.setattr(subprocess, "run", missing)
-    assert train_base.result_of({"seed": 3}, {})["commit"] == "unknown"
+    assert train_base.provenance()["commit"] == "unknown"
+
+
+def test_a_result_names_the_commit_that_trained_and_not_the_one_that_evaluates(reference, monkeypatch):
+    monkeypatch.setattr(train_base, "current_commit", lambda: "another")
+    evaluate.evaluate("out/reference")
+    with open("out/reference/result.json") as f:
+        result = json.load(f)
+    assert result["commit"] not in ("another", "unknown") and result["versions"]["torch"] == torch.__version__
+    assert result["base"]["steps"] == 160 and result["config"]["base"] == "configs/tiny_base.py"  # which says 240
 
 
 def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch):
@@ -454,45 +474,6 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     assert (gap([first, None])[0] + gap([None, first])[0]) / 2 == pytest.approx(gap([first, first])[1], abs=1e-4)
 
 
-def test_matching_equals_brute_force_over_permutations():
-    """max over one-to-one matchings of sum_z C[z, pi(z)], also for more or fewer latents than strategies."""
-    generator = torch.Generator().manual_seed(0)
-    for K, S in ((3, 3), (5, 5), (2, 4), (6, 3), (1, 1)):
-        for _ in range(20):
-            C = torch.rand(K, S, generator=generator)
-            small, large = min(K, S), max(K, S)
-            wide = C if K <= S else C.T
-            brute = max(sum(wide[i, p] for i, p in enumerate(perm))
-                        for perm in itertools.permutations(range(large), small))
-            score, matching = one_to_one_matching(C)
-            used = [s for s in matching if s is not None]
-            assert len(matching) == K and len(set(used)) == len(used) == small
-            assert score == pytest.approx(brute.item())
-            assert score == pytest.approx(sum(C[k, s].item() for k, s in enumerate(matching) if s is not None))
-
-
-def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
-    """Two latents that trade strategies on half of the inputs: coverage 1, alignment 0.5, gap 0.5."""
-    from model import GPT, GPTConfig
-    task = tasks.TASKS["linear_equation_solving"]
-    tokenizer = tasks.Tokenizer(task.vocab, 2)
-    xs = metrics.different_inputs(task, 20, test=True)
-    ys = [task.trace(x, task.strategies[(k + i) % 2]) for i, x in enumerate(xs) for k in range(2)]
-    monkeypatch.setattr(metrics, "sample_ys", lambda *args, **kwargs: ys)
-    scores, _ = metrics.controlled(GPT(GPTConfig(len(tokenizer), 2)), task, tokenizer, xs, 0)
-    assert scores["local_strategy_coverage_mean"] == 1 and scores["controlled_final_answer_accuracy"] == 1
-    # 2 latents, each right on half of the inputs, over max(K, S) = 3
-    assert scores["alignment_one_to_one"] == pytest.approx(1 / 3)
-    assert scores["permutation_gap"] == pytest.approx(2 / 3) and scores["latent_purity"] == pytest.approx(0.5)
-
-
-def test_local_coverage_counts_distinct_strategies_among_the_first_k():
-    found = ["a", "b", None, None, "a", "b", "a", "a", "b", "b", None, "a"]  # 4 solutions to each of 3 inputs
-    assert metrics.local_coverage(found, 4, K=2, S=3) == (pytest.approx((2 + 2 + 1) / 6), pytest.approx(2 / 3))
-    assert metrics.local_coverage(found, 4, K=4, S=2) == (1, 1)
-    assert metrics.local_coverage(found, 4, K=3, S=3) == (pytest.approx((2 + 2 + 1) / 9), 0)
-
-
 @pytest.mark.parametrize("argv, words", [
     (["factorize.py", "configs/tiny_discrete.py", "--beat=0.1"], "did you mean 'beta'?"),
     (["factorize.py", "configs/missing.py"], "does not exist"),
@@ -509,8 +490,13 @@ def test_local_coverage_counts_distinct_strategies_among_the_first_k():
     (["train_base.py", "configs/tiny_base.py", "--strategy_weights=[1.0]"], "takes 3 weights"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'sides': 3}"], "task_sizes"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 1}"], "no input on which all strategies"),
+    (["train_base.py", "configs/base_conversion_base.py", "--task_sizes={'max_value': 20}"], "has a single test input"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights=[]"], "takes 3 weights"),
+    (["evaluate.py", "out/reference", f"--x={5000 * '1'} 2 to 3 4"], "is no input of grid_pathfinding"),
     (["train_base.py", "configs/summation_base.py", "--task_sizes={'max_value': 12}"], "not in the vocabulary"),
     (["train_base.py", "configs/tiny_base.py", "--name=short", "--block_size=16"], "block_size"),
+    (["train_base.py", "configs/addition_base.py", "--name=long", "--task_sizes={'max_digits': 4}", "--steps=1",
+      "--block_size=114"], "a record of 115 tokens exceeds 114"),  # as only one in thousands is
     (["factorize.py", "configs/tiny_discrete.py", "--prior=[1e-9, 1, 1]"], "each at least 0.0001 of their sum"),
     (["factorize.py", "configs/tiny_discrete.py", "--n_latents=129"], "129 latents cannot share the 128 pairs"),
     (["factorize.py", "configs/tiny_discrete.py", "--threads=0"], "'threads' must be at least 1"),
@@ -620,7 +606,7 @@ def test_a_truncated_checkpoint_is_one_line(workplace, tmp_path):
 def test_a_factorization_of_an_older_version_is_one_line(reference, tmp_path):
     checkpoint = torch.load("out/reference/ckpt.pt", weights_only=True)
     torch.save(checkpoint | {"version": 1}, tmp_path / "ckpt.pt")
-    with pytest.raises(SystemExit, match="format version 1, this code reads version 2"):
+    with pytest.raises(SystemExit, match="format version 1, this code reads version 3"):
         evaluate.evaluate(str(tmp_path))
 
 
@@ -666,7 +652,6 @@ def test_an_int_widens_to_float_and_nothing_else_changes_type(workplace):
 
 def test_a_non_finite_loss_names_its_term_and_saves_nothing(workplace, monkeypatch):
     """An infinite KL stops the run at its step; the checkpoint of an earlier run of that name survives."""
-    import losses
     folder = factorize.factorize(configs.load(factorize, [*SHORT, "--name=survivor"]))
     before = open(os.path.join(folder, "ckpt.pt"), "rb").read()
     monkeypatch.setattr(losses, "categorical_kl", lambda logq, logp: logq.sum(dim=1) * math.nan)
@@ -707,9 +692,13 @@ def test_a_base_that_is_not_finished_is_told_apart_from_one_that_is_missing(work
         evaluate.main(["out/half_base"])
 
 
-def test_help_lists_every_config_key():
-    code, out, _ = program("factorize.py", "--help", cwd=ROOT)
-    assert code == 0 and all(key in out for key in ("responsibility_steps", "beta", "python factorize.py configs/"))
+@pytest.mark.parametrize("script", [train_base, factorize])
+def test_help_lists_every_config_key_and_when_it_acts(script):
+    code, out, _ = program(f"{script.__name__}.py", "--help", cwd=ROOT)
+    assert code == 0 and f"python {script.__name__}.py configs/" in out
+    for field in dataclasses.fields(script.Config):
+        assert re.search(rf"^ +{field.name}: .+  # .", out, flags=re.M), field.name
+    assert script is train_base or "play no part where z is continuous" in out
 
 
 def interrupted(monkeypatch, script, train, cfg, number=signal.SIGTERM):
@@ -726,6 +715,24 @@ def interrupted(monkeypatch, script, train, cfg, number=signal.SIGTERM):
         train(cfg)
     monkeypatch.setattr(script, "check_finite", check)
     return exit.value.code
+
+
+def test_a_second_signal_ends_the_program_at_once():
+    """The first one only asks; the loop, here one that never looks, is left at the second."""
+    reached = []
+
+    @train_base.interruptible
+    def never_looks(cfg, signals):
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(signals.copy())
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("the end")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit:
+        never_looks(None)
+    assert exit.value.code == 128 + signal.SIGTERM and reached == [[signal.SIGINT]]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -806,8 +813,14 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(workplace, monkeypatch)
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match="cannot write 'out/disk/.*No space left on device"):
-        run("disk")
-    assert open("out/disk/ckpt.pt", "rb").read() == before
-    assert not [name for name in os.listdir("out/disk") if name.endswith(".tmp")]
+    def half(content, f):
+        f.write(b"half of it")
+        full()
+
+    for module, name, path in ((os, "fsync", "log.jsonl"), (torch, "save", "state.pt"), (torch, "save", "ckpt.pt")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full if name == "fsync" else half)
+            with pytest.raises(SystemExit, match=f"cannot write 'out/disk/{path}'.*No space left on device"):
+                run("disk", "--save_every=2" if path == "state.pt" else "--save_every=100")
+        assert open("out/disk/ckpt.pt", "rb").read() == before
+        assert not [name for name in os.listdir("out/disk") if name.endswith(".tmp") or name == "state.pt"]

@@ -556,6 +556,13 @@ def test_an_input_on_which_strategies_coincide_is_never_sampled(name, text):
     assert stubborn.sample_input(random.Random(0)) == inputs(name)[0]
 
 
+def test_inputs_are_found_that_few_draws_give():
+    """On a large grid with small distances, one draw in two thousand is a test input."""
+    task, rng = TASK_FUNCTIONS["grid_pathfinding"](max_distance=2), random.Random(0)
+    for _ in range(20):
+        assert task.is_test_input(task.sample_input(rng, test=True))
+
+
 @every_task
 def test_check_accepts_what_is_sampled(name):
     assert all(TASKS[name].check(x) is None for x in inputs(name))
