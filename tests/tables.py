@@ -115,6 +115,14 @@ def runs_table(found, keys):
     return table(["run", "seeds", *keys.values(), "minutes"], rows)
 
 
+def two_tasks_table():
+    keys = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "latent_purity",
+            "controlled_final_answer_accuracy")
+    rows = [[str(result["config"]["n_latents"] or 3), task, *(f"{m[key]:.3f}" for key in keys)]
+            for result in results("two_tasks/*.json").values() for task, m in result["metrics"].items()]
+    return table(["K", "inputs of", *(COLUMNS[key] for key in keys)], rows)
+
+
 def clusters_table():
     rows = [[name.replace("_seed", ", seed "), *(f"{value:.3f}" for value in result["metrics"].values())]
             for name, result in results("clusters/*.json").items()]
@@ -179,8 +187,7 @@ def without(keys):
 
 
 TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table, "base": base_table,
-          "clusters": clusters_table,
-          "variants": variants_table,
+          "clusters": clusters_table, "variants": variants_table, "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
           "ablations": lambda: runs_table({name: result for name, result in results("ablations/*.json").items()
