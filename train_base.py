@@ -2,8 +2,9 @@
 
     python train_base.py configs/sorting_base.py
 
-Leaves out/sorting_base/ with ckpt.pt, config.json, log.jsonl, metrics.json and result.json. The lowest loss anybody can reach is the
-entropy of the mixture, log S nats a sequence for S equally likely strategies: traces are deterministic given one.
+Leaves out/sorting_base/ with ckpt.pt, config.json, log.jsonl, metrics.json and result.json. The lowest loss anybody can
+reach is the entropy of the mixture, log S nats a sequence for S equally likely strategies: traces are deterministic
+given one.
 """
 import dataclasses
 import functools

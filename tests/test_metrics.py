@@ -141,8 +141,8 @@ def test_nll_is_the_exact_sum_over_z_of_router_and_generator(factorization):
 
 
 def test_what_the_posterior_knows_is_measured(factorization):
-    """It is sure of a strategy on three of five pairs, and wrong, or without an answer to be right about, on the others;
-    a posterior that says the same of every pair knows nothing."""
+    """One posterior is right on three of five pairs, and sure of all; one that says the same of every pair knows
+    nothing."""
     model, _, _, _, pairs = factorization
     labels, says = torch.tensor([2, 2, 0, 1, -1]), torch.tensor([0, 0, 1, 1, 2])
     uniform = torch.full((5, 3), -math.log(3))
