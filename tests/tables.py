@@ -66,8 +66,10 @@ CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z
 
 
 VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on which the recipe is taken apart
-VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "no_clusters": "no clusters",
-            "elbo": "the ELBO alone", "elbo_token_weighted": "the same, tokens weighted"}
+VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "full": "backbone of q trained",
+            "no_clusters": "no clusters", "no_clusters_full": "no clusters, backbone of q trained",
+            "elbo": "the ELBO alone", "elbo_token_weighted": "the same, tokens weighted", "elbo_jsd": "the same, JSD",
+            "elbo_beta_1": "the same, larger beta", "elbo_all": "the same, all five losses"}
 
 
 def variant_of(name):
