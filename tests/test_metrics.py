@@ -12,6 +12,7 @@ from model import GPT, GPTConfig, Pairs, pad
 from parallel import seeded
 from posterior import one_to_one_matching
 
+
 def test_the_bound_is_the_same_whoever_the_samples_come_from(monkeypatch):
     """Many samples, most of them from a posterior that is narrower than the router and beside it, or hardly any: each
     is weighted as one of the mixture, and both bounds are the log of the same integral."""
