@@ -69,8 +69,8 @@ VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on whic
 VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "full": "backbone of q trained",
             "no_clusters": "no clusters", "no_clusters_full": "no clusters, backbone of q trained",
             "elbo": "the ELBO alone", "elbo_token_weighted": "the same, tokens weighted", "elbo_jsd": "the same, JSD",
-            "elbo_entropy": "the same, entropy of q", "elbo_beta_1": "the same, larger beta",
-            "elbo_all": "the same, all five losses"}
+            "elbo_entropy": "the same, entropy of q", "elbo_marginal": "the same, mean router",
+            "elbo_beta_1": "the same, larger beta", "elbo_all": "the same, all five losses"}
 
 
 def variant_of(name):
