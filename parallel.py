@@ -56,10 +56,10 @@ def start(n_threads, device="cpu", precision="float32"):
 def leave():
     """Parts from the other processes; True where the work that is left, for one process, goes on."""
     global processes
-    if processes > 1:
+    if "WORLD_SIZE" in os.environ:  # torchrun's, also where it started one process
         barrier()
         dist.destroy_process_group()
-        os.environ.pop("WORLD_SIZE")  # what starts again, starts alone
+        del os.environ["WORLD_SIZE"]  # what starts again, starts alone
         processes = 1
     return rank == 0
 

@@ -75,6 +75,8 @@ class Posterior(nn.Module):
         total, seen = sum_pieces(sums, pairs.by_length(math.ceil(len(pairs.ids) / size)))
         self.bigram_mean.copy_(total / seen.clamp(min=1))
         self.bigram_seen.copy_(seen.clamp(max=1))
+        self.mean.zero_()
+        self.std.fill_(1)
         features = in_pieces(self.features, pairs, size=size)
         self.mean.copy_(features.mean(dim=0))
         self.std.copy_(features.std(dim=0) + 1e-6)

@@ -206,6 +206,7 @@ def test_posterior_features_are_standardised_and_ignore_padding_and_company(trai
     assert torch.allclose(features, q.features(pairs), atol=1e-3)
     assert features.mean(dim=0).abs().max() < 1e-3
     assert torch.allclose(q.features(pairs.rows(torch.tensor([5]))), features[5:6], atol=1e-3)
+    assert torch.equal(q.fit_statistics(pairs), features)  # whatever was fitted before
 
 
 def test_clusters_mean_the_same_for_every_input_where_plain_distances_do_not():

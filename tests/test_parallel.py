@@ -57,6 +57,16 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, z):
         assert torch.allclose(weights[name], weight, rtol=0, atol=1e-5), name
 
 
+def test_one_process_of_torchrun_leaves_as_two_do(tmp_path):
+    """What it joined it leaves, and what starts after that, as the evaluation does, starts alone."""
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport torch.distributed as dist\n"
+                       "import parallel\nparallel.start(1)\nassert dist.is_initialized() and parallel.leave()\n"
+                       "parallel.start(1)\nassert not dist.is_initialized() and parallel.processes == 1\n")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", program],
+                   check=True, capture_output=True)
+
+
 def test_shares_of_all_processes_make_up_the_pieces(monkeypatch):
     """Every piece is some process's, none is two's, and gather puts results back in the order of the pieces."""
     pieces, processes = list(range(7)), 3

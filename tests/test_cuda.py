@@ -1,0 +1,165 @@
+"""A GPU computes what the CPU does. Skipped where there is none; random numbers of the two differ, so runs as a whole are
+compared by what they reach, and parts of them on the same weights and inputs."""
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import factorize
+import losses
+import parallel
+from conftest import ROOT
+from model import Pairs, log_likelihood, sample, score_base
+from posterior import Posterior, cluster_responses
+from tasks import Tokenizer
+from train_base import load_base
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+
+
+@pytest.fixture
+def on_cuda(workplace):
+    """Returns f(function): its result on CUDA, in float32, on the CPU again."""
+    def call(function):
+        parallel.start(2, "cuda", "float32")
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), function())
+
+    yield call
+    torch.set_default_device(None)
+    parallel.start(2, "cpu")
+
+
+@pytest.fixture(scope="module")
+def given(workplace):
+    """(base, model of three latents that differ, 24 pairs, prompts), on the CPU."""
+    base, task, _ = load_base("out/tiny_base/ckpt.pt")
+    tokenizer = Tokenizer(task.vocab, 3)
+    pairs = factorize.draw_pairs(base, task, tokenizer, 12, 2, "cuda")
+    model = base.with_latents(3, pairs, steps=2)
+    model.embed.weight.data[-3:] += torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    prompts = [row[:start] for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
+    return base, model, pairs, prompts
+
+
+def to_cuda(*given):
+    return [Pairs(*(part.cuda() for part in each)) if isinstance(each, Pairs) else copy.deepcopy(each).cuda()
+            for each in given]
+
+
+def close(got, want, rtol=1e-3):
+    return torch.allclose(got, want, rtol=rtol, atol=rtol * want.abs().max().item())
+
+
+def test_scores_samples_and_features_are_those_of_the_cpu(given, on_cuda):
+    base, model, pairs, prompts = given
+    q = Posterior(base, 3)
+    q.fit_statistics(pairs)
+
+    def here(base, model, q, pairs):
+        tokens, logp = sample(base, prompts, parallel.seeded(0), temperature=0)
+        return [log_likelihood(model, pairs), score_base(base, pairs.ids, pairs.starts), q(pairs), logp,
+                q.fit_statistics(pairs)], tokens
+
+    want, want_tokens = here(base, model, q, pairs)
+    got, tokens = on_cuda(lambda: here(*to_cuda(base, model, q, pairs)))
+    assert torch.equal(tokens, want_tokens)
+    assert want[0].std(dim=1).mean() > 0.03
+    for a, b in zip(got, want):
+        assert close(a, b)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_gradient_is_that_of_the_cpu(given, on_cuda, recompute):
+    _, model, pairs, _ = given
+    example = torch.arange(1.0, 25.0)
+
+    def gradient(model, pairs, example):
+        z = torch.arange(3, device=example.device).expand(24, 3)
+        w = losses.token_weights(pairs.b)
+        (logp_y, _, jsd, router), backward = factorize.score_batch(model, pairs, z, w, 4, recompute)
+        ((logp_y.sum(dim=1) + 9 * jsd + losses.router_support(router, 3)) @ example).backward()
+        backward()
+        return [p.grad for p in model.parameters()]
+
+    want = gradient(copy.deepcopy(model), pairs, example)
+    for a, b in zip(on_cuda(lambda: gradient(*to_cuda(model, pairs), example.cuda())), want):
+        assert close(a, b) and b.abs().max() > 0
+
+
+def test_clusters_do_not_depend_on_the_device(on_cuda):
+    """Three clusters far apart, shifted by another amount for each of 20 inputs."""
+    truth = torch.arange(120) % 3
+    x_index = torch.arange(120) // 6
+    features = torch.randn(120, 3, generator=torch.Generator().manual_seed(0)) / 10 + x_index[:, None]
+    features[torch.arange(120), truth] += 4
+    log_p = torch.full((120,), -2.0)
+
+    def labels():
+        given = [tensor.to(torch.get_default_device()) for tensor in (features, x_index, log_p)]
+        log_t, _ = cluster_responses(*given, torch.full((3,), 1 / 3).log(), parallel.seeded(0), 16)
+        return log_t.argmax(dim=1)
+
+    for label in (labels(), on_cuda(labels)):
+        assert len({*zip(label.tolist(), truth.tolist())}) == 3
+
+
+def program(*argv, **env):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, argv[0]), *argv[1:]], capture_output=True, text=True,
+                          env=os.environ | env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read(path):
+    with open(path) as f:
+        return json.load(f)
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_a_base_trains_on_cuda(workplace, precision):
+    """To the loss that the CPU reaches in as many steps, in either precision."""
+    name = f"--name=base_cuda_{precision}"
+    program("train_base.py", "configs/tiny_base.py", "--steps=160", "--device=cuda", name, f"--precision={precision}")
+    nll = read(f"out/base_cuda_{precision}/metrics.json")["nll"]
+    assert nll == pytest.approx(read("out/tiny_base/metrics.json")["nll"], abs=0.3)
+
+
+@pytest.mark.parametrize("z", ["discrete", "continuous"])
+def test_a_factorization_of_cuda_is_evaluated_anywhere(workplace, z):
+    """All stages, a save and a resume on CUDA, the evaluation there; then on a machine without a GPU."""
+    run = ["factorize.py", f"configs/tiny_{z}.py", f"--name=cuda_{z}", "--device=auto", "--router_marginal_kl_weight=1"]
+    program(*run)
+    there = read(f"out/cuda_{z}/metrics.json")
+    program("evaluate.py", f"out/cuda_{z}", CUDA_VISIBLE_DEVICES="")
+    here = read(f"out/cuda_{z}/metrics.json")
+    assert here["nll"] - here["base_nll"] == pytest.approx(there["nll"] - there["base_nll"], abs=0.3)
+    assert "<z1>" in program("evaluate.py", f"out/cuda_{z}", "--show=1") or z == "continuous"
+
+
+def test_a_run_on_cuda_goes_on_from_a_saved_state(workplace):
+    """Ten steps at once, or five and five: the same losses, but for the order in which a GPU adds up."""
+    run = ["configs/tiny_discrete.py", "--device=cuda", "--steps=10", "--held_steps=3", "--responsibility_steps=4",
+           "--precision=float32"]
+    program("factorize.py", *run, "--name=cuda_whole")
+    stopped = f"""
+import sys, os, signal
+sys.path.insert(0, {ROOT!r})
+import configs, factorize
+check = factorize.check_finite
+def interrupt(loss, parameters, step, *more):
+    check(loss, parameters, step, *more)
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+factorize.check_finite = interrupt
+factorize.factorize(configs.load(factorize, {[*run, "--name=cuda_parts"]!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", stopped], capture_output=True, text=True)
+    assert "stopped after step 5 of 10" in done.stdout, done.stderr
+    program("factorize.py", *run, "--name=cuda_parts", "--resume=True")
+    whole, parts = ([json.loads(line)["objective"] for line in open(f"out/cuda_{name}/log.jsonl")]
+                    for name in ("whole", "parts"))
+    assert len(parts) == 10 and parts == pytest.approx(whole, rel=1e-2)
