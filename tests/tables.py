@@ -43,9 +43,10 @@ def base_table():
 
 
 def mean_and_std(values, digits=3):
-    """"0.991 ± 0.002"; what is the same in all runs, such as what depends on the base alone, stands alone."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
-    return f"{round(statistics.mean(values), digits) + 0.0:.{digits}f}{spread}"  # + 0.0: no minus before a zero
+    """"0.991 ± 0.002"; a deviation that rounds to 0 is left out."""
+    spread = round(statistics.stdev(values), digits) if len(values) > 1 else 0
+    mean = round(statistics.mean(values), digits) + 0.0  # no minus before a zero
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread else "")
 
 
 COLUMNS = {"alignment_one_to_one": "alignment", "local_strategy_coverage_mean": "coverage",
@@ -57,6 +58,7 @@ COLUMNS = {"alignment_one_to_one": "alignment", "local_strategy_coverage_mean": 
 NOT_IN_RESULTS = {"local_strategy_coverage_mean", "latent_purity"}  # where alignment is near 1 they are, too
 NOT_IN_ABLATIONS = {"controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
                     "base_nll", "nll_gap_of_valid"}
+CUDA = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "controlled_final_answer_accuracy", "nll_gap")
 CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z_probe_accuracy": "probe, sampled z",
               "sampled_z_probe_accuracy_control": "permuted",
               "local_strategy_full_coverage_rate": "full coverage of 16 z",
@@ -68,9 +70,10 @@ CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z
 VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on which the recipe is taken apart
 VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "full": "backbone of q trained",
             "no_clusters": "no clusters", "no_clusters_full": "no clusters, backbone of q trained",
-            "elbo": "the ELBO alone", "elbo_token_weighted": "the same, tokens weighted", "elbo_jsd": "the same, JSD",
-            "elbo_entropy": "the same, entropy of q", "elbo_marginal": "the same, mean router",
-            "elbo_beta_1": "the same, larger beta", "elbo_all": "the same, all five losses"}
+            "elbo": "the ELBO alone", "elbo_beta_1": "the same, beta 1", "elbo_token_weighted": "the same, tokens weighted",
+            "elbo_jsd": "the same, JSD", "elbo_entropy": "the same, entropy of q",
+            "elbo_marginal": "the same, mean router",
+            "elbo_all": "the same, all five losses"}
 
 
 def variant_of(name):
@@ -96,7 +99,7 @@ def variants_table():
         return " ".join(flag for flag in changed if not re.match("--(base|name|seed|threads|device|eval_every)=", flag))
 
     def cell(found):
-        return ", ".join(f"{statistics.mean(result['metrics'][key] for result in found):.2f}" for key in
+        return ", ".join(mean_and_std([result["metrics"][key] for result in found], 2) for key in
                          ("alignment_one_to_one", "local_strategy_coverage_mean")) if found else ""
 
     for variant, label in VARIANTS.items():
@@ -193,6 +196,7 @@ TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table
           "clusters": clusters_table, "variants": variants_table, "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
+          "cuda": lambda: runs_table(results("cuda/*_discrete_seed*.json"), {key: COLUMNS[key] for key in CUDA}),
           "ablations": lambda: runs_table({name: result for name, result in results("ablations/*.json").items()
                                            if not variant_of(name)}, without(NOT_IN_ABLATIONS))}
 
