@@ -7,7 +7,8 @@
 `supervised` is factorize.py with the true strategies as labels, in place of clusters, held labels and responsibilities:
 what the generator reaches in as many steps when somebody tells it. `clusters` needs no generator: it shares out the
 recipe's own responses of the base, once by k-means on mean hidden states, raw or minus their mean over the responses to
-the same x, and once as the recipe does, and prints how much of the responses' probability is in the right cluster.
+the same x, and once as the recipe does, and prints how much of the responses' probability is in the right cluster; and,
+for 2 to 7 clusters, which share of the recipe's restarts agree.
 `two_tasks` is factorize.py on a base of two tasks (`grids_and_equations`), measured on each of them apart.
 """
 import dataclasses
@@ -85,8 +86,12 @@ def clusters(cfg):
     centred = features - features.view(-1, n, features.shape[1]).mean(dim=1).repeat_interleave(n, dim=0)
     shares = {f"kmeans_{name}": right(kmeans(u / u.std(dim=0).clamp(min=1e-6), K, generator))
               for name, u in (("raw", features - features.mean(dim=0)), ("centred", centred))}
-    torch.manual_seed(cfg.seed)
-    factorize.start_posterior(q, base, task, tokenizer, cfg, torch.zeros(K).log_softmax(dim=0))
+    factorize.draw_pairs = lambda *args: pairs  # what start_posterior would draw
+    for k in range(2, 8):
+        torch.manual_seed(cfg.seed)
+        q_k = q if k == K else Posterior(base, k)
+        shares[f"agreement_{k}"] = factorize.start_posterior(q_k, base, task, tokenizer, cfg,
+                                                             torch.zeros(k).log_softmax(dim=0))
     shares["linear_posterior"] = right(q(pairs).argmax(dim=1).detach())
     config = dataclasses.asdict(cfg)
     print(json.dumps({"config": config, "seed": cfg.seed, **provenance(), "metrics": shares}, indent=1))
