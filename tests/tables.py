@@ -12,7 +12,10 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import configs
 import factorize
+import train_base
+from tasks import TASKS
 
 
 def results(pattern):
@@ -70,9 +73,10 @@ CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z
 VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on which the recipe is taken apart
 VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "full": "backbone of q trained",
             "no_clusters": "no clusters", "no_clusters_full": "no clusters, backbone of q trained",
-            "elbo": "the ELBO alone", "elbo_beta_1": "the same, beta 1", "elbo_token_weighted": "the same, tokens weighted",
+            "elbo": "the ELBO alone", "elbo_beta_0.03": "the same, beta 0.03", "elbo_beta_0.3": "the same, beta 0.3",
+            "elbo_beta_1": "the same, beta 1", "elbo_token_weighted": "the same, tokens weighted",
             "elbo_jsd": "the same, JSD", "elbo_entropy": "the same, entropy of q",
-            "elbo_marginal": "the same, mean router",
+            "elbo_support": "the same, router support", "elbo_marginal": "the same, mean router",
             "elbo_all": "the same, all five losses"}
 
 
@@ -130,9 +134,22 @@ def two_tasks_table():
 
 
 def clusters_table():
-    rows = [[name.replace("_seed", ", seed "), *(f"{value:.3f}" for value in result["metrics"].values())]
+    keys = {"kmeans_raw": "k-means", "kmeans_centred": "k-means, centred within x",
+            "linear_posterior": "the recipe's posterior"}
+    rows = [[name.replace("_seed", ", seed "), *(f"{result['metrics'][key]:.3f}" for key in keys)]
             for name, result in results("clusters/*.json").items()]
-    return table(["task", "k-means", "k-means, centred within x", "the recipe's posterior"], rows)
+    return table(["task", *keys.values()], rows)
+
+
+def agreement_table():
+    """For every K the share of restarts that found the same clusters; in bold where K is the number of strategies."""
+    rows = []
+    for name, result in results("clusters/*.json").items():
+        base = configs.load(train_base, [os.path.join(ROOT, result["config"]["base"])])
+        shares = {K: f"{result['metrics'][f'agreement_{K}']:.1%}" for K in range(2, 8)}
+        shares[len(TASKS[base.task].strategies)] = f"**{shares[len(TASKS[base.task].strategies)]}**"
+        rows.append([name.replace("_seed", ", seed "), *shares.values()])
+    return table(["task", *(f"K = {K}" for K in range(2, 8))], rows)
 
 
 def draw_alignment_against_coverage(path):
@@ -193,7 +210,8 @@ def without(keys):
 
 
 TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table, "base": base_table,
-          "clusters": clusters_table, "variants": variants_table, "two_tasks": two_tasks_table,
+          "clusters": clusters_table, "agreement": agreement_table, "variants": variants_table,
+          "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
           "cuda": lambda: runs_table(results("cuda/*_discrete_seed*.json"), {key: COLUMNS[key] for key in CUDA}),

@@ -23,10 +23,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA h
 
 @pytest.fixture
 def on_cuda(workplace):
-    """Returns f(function): its result on CUDA, in float32, on the CPU again."""
+    """Returns f(function): the tensors that it gives on CUDA, in float32, on the CPU again."""
     def call(function):
         parallel.start(2, "cuda", "float32")
-        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), function())
+        return [tensor.cpu() for tensor in function()]
 
     yield call
     torch.set_default_device(None)
@@ -61,12 +61,12 @@ def test_scores_samples_and_features_are_those_of_the_cpu(given, on_cuda):
 
     def here(base, model, q, pairs):
         tokens, logp = sample(base, prompts, parallel.seeded(0), temperature=0)
-        return [log_likelihood(model, pairs), score_base(base, pairs.ids, pairs.starts), q(pairs), logp,
-                q.fit_statistics(pairs)], tokens
+        return [tokens, log_likelihood(model, pairs), score_base(base, pairs.ids, pairs.starts), q(pairs), logp,
+                q.fit_statistics(pairs)]
 
-    want, want_tokens = here(base, model, q, pairs)
-    got, tokens = on_cuda(lambda: here(*to_cuda(base, model, q, pairs)))
-    assert torch.equal(tokens, want_tokens)
+    tokens, *want = here(base, model, q, pairs)
+    cuda_tokens, *got = on_cuda(lambda: here(*to_cuda(base, model, q, pairs)))
+    assert torch.equal(cuda_tokens, tokens)
     assert want[0].std(dim=1).mean() > 0.03
     for a, b in zip(got, want):
         assert close(a, b)
@@ -101,9 +101,9 @@ def test_clusters_do_not_depend_on_the_device(on_cuda):
     def labels():
         given = [tensor.to(torch.get_default_device()) for tensor in (features, x_index, log_p)]
         log_t, _ = cluster_responses(*given, torch.full((3,), 1 / 3).log(), parallel.seeded(0), 16)
-        return log_t.argmax(dim=1)
+        return [log_t.argmax(dim=1)]
 
-    for label in (labels(), on_cuda(labels)):
+    for label in labels() + on_cuda(labels):
         assert len({*zip(label.tolist(), truth.tolist())}) == 3
 
 
@@ -137,7 +137,6 @@ def test_a_factorization_of_cuda_is_evaluated_anywhere(workplace, z):
     program("evaluate.py", f"out/cuda_{z}", CUDA_VISIBLE_DEVICES="")
     here = read(f"out/cuda_{z}/metrics.json")
     assert here["nll"] - here["base_nll"] == pytest.approx(there["nll"] - there["base_nll"], abs=0.3)
-    assert "<z1>" in program("evaluate.py", f"out/cuda_{z}", "--show=1") or z == "continuous"
 
 
 def test_a_run_on_cuda_goes_on_from_a_saved_state(workplace):
