@@ -56,7 +56,7 @@ def start(n_threads, device="cpu", precision="float32"):
 def leave():
     """Parts from the other processes; True where the work that is left, for one process, goes on."""
     global processes
-    if "WORLD_SIZE" in os.environ:  # torchrun's, also where it started one process
+    if "WORLD_SIZE" in os.environ and dist.is_initialized():  # by torchrun, also where it started one process
         barrier()
         dist.destroy_process_group()
         del os.environ["WORLD_SIZE"]  # what starts again, starts alone

@@ -75,7 +75,7 @@ class Posterior(nn.Module):
         total, seen = sum_pieces(sums, pairs.by_length(math.ceil(len(pairs.ids) / size)))
         self.bigram_mean.copy_(total / seen.clamp(min=1))
         self.bigram_seen.copy_(seen.clamp(max=1))
-        self.mean.zero_()
+        self.mean.zero_()  # features() as they are, not as they were standardised before
         self.std.fill_(1)
         features = in_pieces(self.features, pairs, size=size)
         self.mean.copy_(features.mean(dim=0))

@@ -72,6 +72,7 @@ def clusters(cfg):
     n, generator = cfg.cluster_responses, torch.Generator().manual_seed(cfg.seed)
     pairs = factorize.draw_pairs(base, task, tokenizer, cfg.cluster_inputs, n, f"clusters {cfg.seed}")
     truth = strategies_of(task, tokenizer, pairs)
+    torch.manual_seed(cfg.seed)
     q = Posterior(base, K)
 
     def pooled(piece):
@@ -87,11 +88,10 @@ def clusters(cfg):
     shares = {f"kmeans_{name}": right(kmeans(u / u.std(dim=0).clamp(min=1e-6), K, generator))
               for name, u in (("raw", features - features.mean(dim=0)), ("centred", centred))}
     factorize.draw_pairs = lambda *args: pairs  # what start_posterior would draw
-    for k in range(2, 8):
-        torch.manual_seed(cfg.seed)
-        q_k = q if k == K else Posterior(base, k)
-        shares[f"agreement_{k}"] = factorize.start_posterior(q_k, base, task, tokenizer, cfg,
-                                                             torch.zeros(k).log_softmax(dim=0))
+    for n_clusters in sorted({*range(2, 8), K}):
+        posterior = q if n_clusters == K else Posterior(base, n_clusters)
+        shares[f"agreement_{n_clusters}"] = factorize.start_posterior(posterior, base, task, tokenizer, cfg,
+                                                                      torch.zeros(n_clusters).log_softmax(dim=0))
     shares["linear_posterior"] = right(q(pairs).argmax(dim=1).detach())
     config = dataclasses.asdict(cfg)
     print(json.dumps({"config": config, "seed": cfg.seed, **provenance(), "metrics": shares}, indent=1))

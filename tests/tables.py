@@ -61,7 +61,7 @@ COLUMNS = {"alignment_one_to_one": "alignment", "local_strategy_coverage_mean": 
 NOT_IN_RESULTS = {"local_strategy_coverage_mean", "latent_purity"}  # where alignment is near 1 they are, too
 NOT_IN_ABLATIONS = {"controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
                     "base_nll", "nll_gap_of_valid"}
-CUDA = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "controlled_final_answer_accuracy", "nll_gap")
+CUDA_KEYS = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "controlled_final_answer_accuracy", "nll_gap")
 CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z_probe_accuracy": "probe, sampled z",
               "sampled_z_probe_accuracy_control": "permuted",
               "local_strategy_full_coverage_rate": "full coverage of 16 z",
@@ -103,15 +103,18 @@ def variants_table():
         return " ".join(flag for flag in changed if not re.match("--(base|name|seed|threads|device|eval_every)=", flag))
 
     def cell(found):
-        return ", ".join(mean_and_std([result["metrics"][key] for result in found], 2) for key in
-                         ("alignment_one_to_one", "local_strategy_coverage_mean")) if found else ""
+        """Alignment, coverage: of one seed after the other, or the means of more than two."""
+        both = [[result["metrics"][key] for key in ("alignment_one_to_one", "local_strategy_coverage_mean")]
+                for result in found]
+        both = [map(statistics.mean, zip(*both))] if len(both) > 2 else both
+        return "; ".join(", ".join(f"{value:.2f}" for value in pair) for pair in both)
 
     for variant, label in VARIANTS.items():
         of_task = runs[variant]
         (flag,) = {flags(variant, result) for found in of_task.values() for result in found}  # a row is of one setting
         seeds = sorted({len(found) for found in of_task.values()})
         rows.append([label, f"`{flag}`" if flag else "", " to ".join(map(str, sorted({seeds[0], seeds[-1]}))),
-                     *(cell(of_task.get(task)) for task in VARIED)])
+                     *(cell(of_task.get(task, [])) for task in VARIED)])
     return table(["what", "set otherwise", "seeds", *VARIED], rows)
 
 
@@ -145,11 +148,12 @@ def agreement_table():
     """For every K the share of restarts that found the same clusters; in bold where K is the number of strategies."""
     rows = []
     for name, result in results("clusters/*.json").items():
-        base = configs.load(train_base, [os.path.join(ROOT, result["config"]["base"])])
+        base_cfg = configs.load(train_base, [os.path.join(ROOT, result["config"]["base"])])
+        S = len(TASKS[base_cfg.task].strategies)
         shares = {K: f"{result['metrics'][f'agreement_{K}']:.1%}" for K in range(2, 8)}
-        shares[len(TASKS[base.task].strategies)] = f"**{shares[len(TASKS[base.task].strategies)]}**"
-        rows.append([name.replace("_seed", ", seed "), *shares.values()])
-    return table(["task", *(f"K = {K}" for K in range(2, 8))], rows)
+        rows.append([name.replace("_seed", ", seed "), *(f"**{share}**" if K == S else share
+                                                         for K, share in shares.items())])
+    return table(["task", *(f"K = {K}" for K in shares)], rows)
 
 
 def draw_alignment_against_coverage(path):
@@ -214,7 +218,7 @@ TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table
           "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
-          "cuda": lambda: runs_table(results("cuda/*_discrete_seed*.json"), {key: COLUMNS[key] for key in CUDA}),
+          "cuda": lambda: runs_table(results("cuda/*_discrete_seed*.json"), {key: COLUMNS[key] for key in CUDA_KEYS}),
           "ablations": lambda: runs_table({name: result for name, result in results("ablations/*.json").items()
                                            if not variant_of(name)}, without(NOT_IN_ABLATIONS))}
 

@@ -63,8 +63,9 @@ def test_one_process_of_torchrun_leaves_as_two_do(tmp_path):
     program.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport torch.distributed as dist\n"
                        "import parallel\nparallel.start(1)\nassert dist.is_initialized() and parallel.leave()\n"
                        "parallel.start(1)\nassert not dist.is_initialized() and parallel.processes == 1\n")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", program],
-                   check=True, capture_output=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", program]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_shares_of_all_processes_make_up_the_pieces(monkeypatch):
