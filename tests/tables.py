@@ -218,7 +218,7 @@ TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table
           "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
-          "cuda": lambda: runs_table(results("cuda/*_discrete_seed*.json"), {key: COLUMNS[key] for key in CUDA_KEYS}),
+          "cuda": lambda: runs_table(results("cuda/*_discrete_*.json"), {key: COLUMNS[key] for key in CUDA_KEYS}),
           "ablations": lambda: runs_table({name: result for name, result in results("ablations/*.json").items()
                                            if not variant_of(name)}, without(NOT_IN_ABLATIONS))}
 
