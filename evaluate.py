@@ -3,131 +3,424 @@
     python evaluate.py out/sorting_discrete                     # metrics.json, result.json and figures
     python evaluate.py out/sorting_discrete --show=3            # three test inputs, the trace under every z abreast
     python evaluate.py out/sorting_discrete --x="4 2 7 1 3"     # the same for an input of your own
-    python evaluate.py out/sorting_discrete --figures           # more figures: traces, training, where the base decides
+    python evaluate.py out/sorting_discrete --figures           # more figures: traces and training, or centroids
 
-What is measured is in metrics.py, how it is drawn in figures.py.
+What is measured comes first, the command line last. Strategy names are read here, to say what each latent turned out to
+mean, and by train_base.py, which makes the data. A glossary of all metrics is in assets/results/README.md.
+[1] Kuhn 1955; Munkres 1957 (Hungarian algorithm)
 """
-import json
+import math
 import os
+import random
 import signal
 import sys
 
 import torch
+import torch.nn.functional as F
 
-import figures
-import parallel
-from configs import fail
-from metrics import (SAMPLES, against_base, centroids, controlled, decodability, different_inputs, held_out, indices,
-                     router_sampled, semantics, solutions, strategy_probabilities, total_variation)
-from model import GPT, GPTConfig, sample_pairs
-from parallel import seeded
-from posterior import Posterior, one_to_one_matching
+import losses
+from harness import figures, parallel, runs
+from harness.config import fail
+from harness.parallel import seeded
+from model import (GPT, GPTConfig, Pairs, gaussian, in_chunks, log_likelihood, pad, sample_pairs, score_base,
+                   score_router)
+from posterior import Posterior
 from tasks import Tokenizer
-from train_base import build_base, load_checkpoint, sample_ys, write_result
+from train_base import build_base, check_lengths, sample_ys, score_answers
+
+SAMPLES = 16  # z of the router for every x, where z is continuous
 
 
+def different_inputs(task, n, split):
+    """Up to n different inputs, the same ones on every call; fewer where the task has no more."""
+    rng, found = random.Random("inputs"), {}
+    for _ in range(20 * n):
+        x = task.sample_input(rng, split)
+        found[tuple(x)] = x
+        if len(found) == n:
+            break
+    return list(found.values())
+
+
+def indices(task, found):
+    """Strategies -> their indices (n,), -1 for None."""
+    return torch.tensor([-1 if s is None else task.strategies.index(s) for s in found])
+
+
+def local_coverage(found, n, K, S):
+    """found: a strategy or None for each of n solutions to every x in turn. Distinct strategies among the first K of an
+    x, over min(K, S): (mean over x, share of x where it is 1)."""
+    shares = [len(set(found[i:i + K]) - {None}) / min(K, S) for i in range(0, len(found), n)]
+    return sum(shares) / len(shares), sum(share == 1 for share in shares) / len(shares)
+
+
+@torch.no_grad()
+def controlled(model, task, tokenizer, xs, seed):
+    """Forces every z on every x and decodes one y. Returns (metrics, C), C[z][s]: share of x on which z gave s."""
+    K, S = model.config.n_latents, len(task.strategies)
+    prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
+    ys = sample_ys(model, tokenizer, prompts, seeded(seed))
+    all_xs = [x for x in xs for _ in range(K)]
+    found = [task.attribute(x, y) for x, y in zip(all_xs, ys)]
+    C = torch.tensor([[found[k::K].count(s) / len(xs) for s in task.strategies] for k in range(K)])
+    coverage, full_coverage = local_coverage(found, K, K, S)
+    answers = score_answers(task, all_xs, ys)
+    alignment = one_to_one_matching(C)[0] / max(K, S)
+    return {"alignment_one_to_one": alignment, "local_strategy_coverage_mean": coverage,
+            "local_strategy_full_coverage_rate": full_coverage,
+            "permutation_gap": coverage - alignment, "latent_purity": C.max(dim=1).values.min().item(),
+            "controlled_parse_success": answers["parse_success"],
+            "controlled_final_answer_accuracy": answers["final_answer_accuracy"]}, C
+
+
+@torch.no_grad()
+def router(model, tokenizer, xs):
+    """What the router says about every input: log p_phi(z|x) (N, K), or mean and log variance (N, D) each."""
+    prompts = [tokenizer.prompt(x) for x in xs]
+    ids, starts = pad(prompts), torch.tensor([len(p) for p in prompts])
+    pairs = Pairs(ids, starts, torch.zeros(ids.shape))
+    out = in_chunks(lambda chunk: score_router(model, chunk.ids, chunk.starts), pairs, size=256)
+    return gaussian(out) if model.config.z_dim else F.log_softmax(out[:, -model.config.n_latents:], dim=1)
+
+
+@torch.no_grad()
+def router_sampled(model, task, tokenizer, xs, samples, generator):
+    """z ~ p(z|x), then y ~ p(y|x,z), `samples` times for every x in turn. Returns z (N, samples) or (N, samples, D),
+    the y, and the strategy of each, or None."""
+    if model.config.z_dim:
+        mean, log_var = (part[:, None] for part in router(model, tokenizer, xs))
+        noise = torch.randn(len(xs), samples, model.config.z_dim, generator=generator)
+        z = mean + (0.5 * log_var).exp() * noise
+        prompts, vectors = [tokenizer.prompt(x, continuous=True) for x in xs for _ in range(samples)], z.flatten(0, 1)
+    else:
+        z = torch.multinomial(router(model, tokenizer, xs).exp(), samples, replacement=True, generator=generator)
+        prompts, vectors = [tokenizer.prompt(x, k) for x, ks in zip(xs, z.tolist()) for k in ks], None
+    ys = sample_ys(model, tokenizer, prompts, generator, z=vectors)
+    return z, ys, [task.attribute(xs[i // samples], y) for i, y in enumerate(ys)]
+
+
+@torch.no_grad()
+def against_base(model, base, task, tokenizer, xs, samples, seed):
+    """Router samples next to as many of the base. Returns (metrics, shares of the factorization's strategies, shares of
+    the base's, both over all inputs and samples, z, the strategies found under them)."""
+    generator = seeded(seed)
+    all_xs = [x for x in xs for _ in range(samples)]
+    z, ys, found = router_sampled(model, task, tokenizer, xs, samples, generator)
+    base_ys = sample_ys(base, tokenizer, [tokenizer.prompt(x) for x in all_xs], generator)
+    base_found = [task.attribute(x, y) for x, y in zip(all_xs, base_ys)]
+    metrics = {f"sampled_{key}": value for key, value in score_answers(task, all_xs, ys).items()}
+    metrics |= {f"base_{key}": value for key, value in score_answers(task, all_xs, base_ys).items()}
+    shares, base_shares = ([each.count(s) / len(all_xs) for s in (*task.strategies, None)]
+                           for each in (found, base_found))
+    metrics["sampled_strategy_total_variation"] = sum(abs(a - b) for a, b in zip(shares, base_shares)) / 2
+    S = len(task.strategies)
+    K = samples if model.config.z_dim else model.config.n_latents
+    coverage, full_coverage = local_coverage(base_found, samples, K, S)  # what K samples of the base show
+    metrics |= {"base_local_strategy_coverage_mean": coverage, "base_local_strategy_full_coverage_rate": full_coverage}
+    if model.config.z_dim:
+        coverage, full_coverage = local_coverage(found, samples, K, S)
+        metrics |= {"local_strategy_coverage_mean": coverage, "local_strategy_full_coverage_rate": full_coverage}
+    return metrics, shares, base_shares, z, found
+
+
+@torch.no_grad()
+def strategy_probabilities(model, base, task, tokenizer, xs):
+    """p(y|x) of the trace of every strategy on every x, not sampled: of the base and of the factorization, (N, S)
+    each."""
+    S = len(task.strategies)
+    records = [tokenizer.record(x, task.trace(x, s)) for x in xs for s in task.strategies]
+    check_lengths(records, model.config.block_size)
+    starts = torch.tensor([len(tokenizer.prompt(x)) for x in xs for _ in task.strategies])
+    pairs = Pairs(pad(records), starts, torch.zeros(len(records), max(map(len, records))))
+    log_base = in_chunks(lambda chunk: -score_base(base, chunk.ids, chunk.starts).sum(dim=1), pairs)
+    logp_z = router(model, tokenizer, xs).repeat_interleave(S, dim=0)
+    log_model = (logp_z + log_likelihood(model, pairs)).logsumexp(dim=1)
+    return log_base.exp().view(-1, S), log_model.exp().view(-1, S)
+
+
+def total_variation(p, q):
+    """Between the strategies' shares p and q of every x: (N, S), (N, S) -> (N,). What a row lacks of 1 is the share of
+    no strategy."""
+    return ((p - q).abs().sum(dim=1) + (p.sum(dim=1) - q.sum(dim=1)).abs()) / 2
+
+
+@torch.enable_grad()
+def linear_probe(z, labels, group, S, permute=None):
+    """Accuracy of multinomial logistic regression from z (N, D) to labels (N,), -1 for no strategy, trained where
+    group (N,) is even and scored where it is odd; a z without a strategy counts as wrong. With `permute`, a
+    torch.Generator, labels are permuted before: what a probe finds in nothing."""
+    if permute:
+        labels = labels[torch.randperm(len(labels), generator=permute)]
+    z = (z - z.mean(dim=0)) / (z.std(dim=0) + 1e-6)
+    train, test = (group % 2 == 0) & (labels >= 0), group % 2 == 1
+    weight, bias = torch.zeros(S, z.shape[1], requires_grad=True), torch.zeros(S, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def penalised_nll():
+        optimizer.zero_grad()
+        nll = F.cross_entropy(F.linear(z[train], weight, bias), labels[train], reduction="sum") / len(z)
+        loss = nll + 1e-4 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(penalised_nll)
+    return (F.linear(z[test], weight, bias).argmax(dim=1) == labels[test]).float().mean().item()
+
+
+def centroids(z, labels, strategies):
+    """Mean of z (N, D) for every strategy in the list, (S, D), and root mean square distance of a z from its own."""
+    centre = torch.stack([z[labels == s].mean(dim=0) for s in strategies])
+    distance = torch.cat([z[labels == s] - own for s, own in zip(strategies, centre)])
+    return centre, distance.square().sum(dim=1).mean().sqrt()
+
+
+@torch.no_grad()
+def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
+    """Likelihood and posterior on n base samples y ~ p_theta(y|x) at test inputs: in nats a solution; exact, or where z
+    is continuous an importance-weighted bound. Returns (metrics, labels (n,), what q says of the pairs)."""
+    xs = [xs[i % len(xs)] for i in range(n)]
+    pairs = sample_pairs(base, [tokenizer.prompt(x) for x in xs], seeded(seed))
+    labels = indices(task, [task.attribute(x, y) for x, y in zip(xs, solutions(tokenizer, pairs))])
+    posterior, p = q.infer(pairs), router(model, tokenizer, xs)
+    if model.config.z_dim:
+        metrics = continuous_fidelity(model, pairs, posterior, p, seed)
+    else:
+        metrics = discrete_fidelity(model, pairs, posterior, p, labels, len(task.strategies))
+    base_nll, nll = pairs.b.sum(dim=1), metrics.pop("nll")
+    valid = labels >= 0
+    metrics |= {"nll": nll.mean().item(), "base_nll": base_nll.mean().item(),
+                "normalized_reconstruction": metrics["reconstruction"] / c_base}
+    if valid.any():
+        metrics["nll_gap_of_valid"] = (nll - base_nll)[valid].mean().item()
+    return metrics, labels, posterior
+
+
+def discrete_fidelity(model, pairs, logq, logp_z, labels, S):
+    logp_y, n = log_likelihood(model, pairs), len(pairs.ids)  # (n, K)
+    marginal_q, entropy = logq.logsumexp(dim=0) - math.log(n), losses.posterior_entropy(logq).mean()
+    choice = F.one_hot(logq.argmax(dim=1), logq.shape[1]).float()
+    joint = choice.T @ F.one_hot(labels.clamp(min=0), S).float().mul((labels >= 0)[:, None]) / n
+    return {"nll": -(logp_z + logp_y).logsumexp(dim=1),
+            "reconstruction": losses.reconstruction(logp_y, logq).mean().item(),
+            "kl": losses.categorical_kl(logq, logp_z).mean().item(),
+            "posterior_alignment": one_to_one_matching(joint)[0], "posterior_entropy": entropy.item(),
+            "posterior_mutual_information": (-(marginal_q.exp() * marginal_q).sum() - entropy).item()}
+
+
+def continuous_fidelity(model, pairs, posterior, p, seed, of_posterior=8, of_router=56):
+    """The samples behind the importance-weighted bound are those of posterior and router together, and every one is
+    weighted as a sample of this mixture. Most come from the router: many z outside the posterior give y, too, and while
+    few of them are met, the bound is loose. A few of the posterior see to it that some z gives y."""
+    generator, samples = seeded(seed), of_posterior + of_router
+    q, p = ([part[:, None] for part in gauss] for gauss in (posterior, p))
+    z = torch.cat([mean + (0.5 * log_var).exp() * torch.randn(len(mean), some, mean.shape[2], generator=generator)
+                   for (mean, log_var), some in ((q, of_posterior), (p, of_router))], dim=1)  # (n, samples, D)
+    logp_y = log_likelihood(model, pairs, z)  # (n, samples)
+    log_q, log_p = (-0.5 * ((z - mean).square() / log_var.exp() + log_var + math.log(2 * math.pi)).sum(dim=2)
+                    for mean, log_var in (q, p))
+    mixture = torch.logaddexp(log_q + math.log(of_posterior / samples), log_p + math.log(of_router / samples))
+    return {"nll": -losses.importance_weighted_bound(logp_y, log_p - mixture),
+            "reconstruction": -logp_y[:, :of_posterior].mean().item(), "importance_samples": samples,
+            "kl": losses.gaussian_kl(*posterior, *(part[:, 0] for part in p)).mean().item(),
+            "posterior_variance": losses.posterior_variance(posterior[1]).mean().item()}
+
+
+def semantics(means, labels, x_index, z, found, task, seed):
+    """How the strategy sits in a continuous z: in the posterior means (n, D) of base samples of strategies `labels`
+    (n,), to inputs x_index (n,), and in z (N, samples, D) from the router with the strategies `found` under it."""
+    S, permute, metrics = len(task.strategies), seeded(seed), {}
+    sampled_x, z, found = torch.arange(len(z)).repeat_interleave(z.shape[1]), z.flatten(0, 1), indices(task, found)
+    for name, args in (("posterior_mu", (means, labels, x_index, S)), ("sampled_z", (z, found, sampled_x, S))):
+        metrics[f"{name}_probe_accuracy"] = linear_probe(*args)
+        metrics[f"{name}_probe_accuracy_control"] = linear_probe(*args, permute)
+    both = sorted(set(labels.tolist()) & set(found.tolist()) - {-1})
+    if len(both) < 2:  # nothing to compare
+        return metrics
+    (centre, spread), (sampled_centre, sampled_spread) = centroids(means, labels, both), centroids(z, found, both)
+    between = (centre - sampled_centre).norm(dim=1).mean()
+    return metrics | {
+        "centroid_separation": (torch.pdist(centre).mean() / spread).item(),
+        "sampled_centroid_separation": (torch.pdist(sampled_centre).mean() / sampled_spread).item(),
+        "centroid_distance": (between / ((spread ** 2 + sampled_spread ** 2) / 2).sqrt()).item()}
+
+
+@torch.no_grad()
+def during_training(model, q, task, pool, n_inputs, seed):
+    """What the log says of a run in training, on validation inputs: a discrete z is forced. Of a continuous one, the
+    semantics of the posterior on a pool of base samples, and of router samples for at most 32 inputs."""
+    tokenizer = Tokenizer(task.vocab, model.config.n_latents)
+    xs = different_inputs(task, n_inputs, "validation")
+    if not model.config.z_dim:
+        metrics, C = controlled(model, task, tokenizer, xs, seed)
+        return metrics | {"strategy_by_latent": C.tolist()}
+    z, _, found = router_sampled(model, task, tokenizer, xs[:32], SAMPLES, seeded(seed))
+    coverage, full_coverage = local_coverage(found, SAMPLES, SAMPLES, len(task.strategies))
+    pool_xs = inputs(tokenizer, pool)
+    labels = indices(task, [task.attribute(x, y) for x, y in zip(pool_xs, solutions(tokenizer, pool))])
+    index = {tuple(x): i for i, x in enumerate(pool_xs)}  # an input drawn twice is one input
+    x_index = torch.tensor([index[tuple(x)] for x in pool_xs])
+    return {"local_strategy_coverage_mean": coverage, "local_strategy_full_coverage_rate": full_coverage,
+            **semantics(q.infer(pool)[0], labels, x_index, z, found, task, seed)}
+
+
+def inputs(tokenizer, pairs):
+    """The x of every pair, as tokens."""
+    return [tokenizer.decode(row[2:start - 2]) for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
+
+
+def solutions(tokenizer, pairs):
+    """The y of every pair, as tokens without </y>."""
+    return [tokenizer.solution(row[start:]) for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
+
+
+def one_to_one_matching(C):
+    """C (K, S) -> (score, matching): the largest sum of C[z, matching[z]] over matchings in which no column serves two
+    rows; matching[z] is None for a row left over where K > S. Exact: Hungarian algorithm [1], a shortest augmenting
+    path for every row, over reduced costs -C[i, j] - row[i] - column[j] >= 0."""
+    rows = C.tolist() if C.shape[0] <= C.shape[1] else C.T.tolist()
+    n, m = len(rows), len(rows[0])
+    row, column = [0.0] * n, [0.0] * (m + 1)  # potentials
+    owner = [None] * (m + 1)  # the row that each column serves; column m stands for "not served yet"
+    for i in range(n):
+        owner[m], j, reached = i, m, set()
+        distance, previous = [math.inf] * m, [None] * m
+        while owner[j] is not None:
+            reached.add(j)
+            for k in set(range(m)) - reached:
+                reduced = -rows[owner[j]][k] - row[owner[j]] - column[k]
+                if reduced < distance[k]:
+                    distance[k], previous[k] = reduced, j
+            nearest = min(set(range(m)) - reached, key=lambda k: distance[k])
+            step = distance[nearest]
+            for k in reached:
+                row[owner[k]] += step
+                column[k] -= step
+            distance = [d - step for d in distance]
+            j = nearest
+        while j != m:  # the path's columns change hands
+            owner[j], j = owner[previous[j]], previous[j]
+    pairs = [(owner[j], j) for j in range(m) if owner[j] is not None]
+    matching = dict(pairs) if C.shape[0] <= C.shape[1] else {j: i for i, j in pairs}
+    return sum(rows[i][j] for i, j in pairs), [matching.get(z) for z in range(C.shape[0])]
+
+
+# -----------------------------------------------------------------------------------------------------------------
 def load_run(folder):
     """Run folder -> (checkpoint, base, task, tokenizer, model, posterior), with the threads of its config in use."""
-    checkpoint = load_checkpoint(os.path.join(folder, "ckpt.pt"), "factorization")
+    checkpoint = runs.load_checkpoint(os.path.join(folder, "ckpt.pt"), "factorization")
     cfg = checkpoint["config"]
     parallel.start(cfg["threads"], "cpu" if cfg["device"] == "cpu" else "auto")
     base, task = build_base(checkpoint["base"])
     model = GPT(GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
-    K = len(checkpoint["posterior"].get("corners", ())) or model.config.n_latents
+    K = len(checkpoint["posterior"].get("cells.centres", ())) or model.config.n_latents
     q = Posterior(base, K, z_dim=model.config.z_dim)
     q.load_state_dict(checkpoint["posterior"])
     return checkpoint, base, task, Tokenizer(task.vocab, model.config.n_latents), model, q
 
 
-def read_log(folder):
-    """The entries of log.jsonl; none where there is no log, or where a run is in the middle of writing it."""
-    try:
-        with open(os.path.join(folder, "log.jsonl")) as f:
-            return [json.loads(line) for line in f]
-    except (FileNotFoundError, json.JSONDecodeError):
-        return []
+SHOWN = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutation_gap",
+         "controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
+         "posterior_mu_probe_accuracy", "sampled_z_probe_accuracy", "sampled_z_probe_accuracy_control",
+         "centroid_distance", "sampled_strategy_total_variation", "nll", "base_nll", "posterior_alignment", "minutes")
 
 
 def evaluate(folder, seed=0):
     """Writes metrics.json, result.json and the figures of a run folder; returns the metrics."""
     checkpoint, base, task, tokenizer, model, q = load_run(folder)
-    cfg = checkpoint["config"]
-    xs = different_inputs(task, cfg["eval_inputs"], test=True)
-    D = model.config.z_dim
+    cfg, D, names = checkpoint["config"], model.config.z_dim, task.strategies
+    xs = different_inputs(task, cfg["eval_inputs"], "test")
     metrics, C = ({}, None) if D else controlled(model, task, tokenizer, xs, seed)
     samples = SAMPLES if D else max(cfg["eval_samples"], model.config.n_latents)
     router_metrics, shares, base_shares, z, found = against_base(model, base, task, tokenizer, xs, samples, seed)
-    metrics |= router_metrics
     likelihood, labels, posterior = held_out(model, q, base, task, tokenizer, xs, 4 * cfg["eval_inputs"],
                                              checkpoint["base"]["c_base"], seed)
-    metrics |= likelihood
-    if not D:
+    metrics |= router_metrics | likelihood
+
+    def path(name):
+        return os.path.join(folder, name)
+
+    if D:
+        metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
+        figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), names,
+                                  path("latent_space.png"))
+        if D == 2:
+            figures.draw_maps(*strategy_maps(model, task, tokenizer, xs[:4]), names, path("maps.png"))
+    else:
         shares_by_x = strategy_probabilities(model, base, task, tokenizer, xs)
         metrics["strategy_total_variation_per_input"] = total_variation(*shares_by_x).mean().item()
+        figures.draw_matching(C, one_to_one_matching(C)[1], names, path("matching.png"))
+    figures.draw_shares(shares, base_shares, names, path("shares.png"))
+    log = runs.read_log(folder)
+    if log and log[-1]["minutes"] == checkpoint["last_log"]["minutes"]:
+        figures.draw_training(log, path("training.png"))
     else:
-        metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
+        print(f"no training.png: {folder}/log.jsonl is of another run than ckpt.pt")
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
     metrics |= {"test_inputs": len(xs), "minutes": checkpoint["minutes"],
                 "start_nll_error": checkpoint["start_nll_error"]}
-    write_result(folder, cfg, checkpoint["made_with"] | {"base": checkpoint["base"]["config"]}, metrics)
-    if D:
-        figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), task.strategies,
-                                  os.path.join(folder, "latent_space.png"))
-        if D == 2:
-            figures.draw_maps(model, task, tokenizer, xs[:4], os.path.join(folder, "maps.png"))
-    else:
-        figures.draw_matching(C, task.strategies, os.path.join(folder, "matching.png"))
-    log = read_log(folder)
-    if log and log[-1]["minutes"] == checkpoint["last_log"]["minutes"]:
-        figures.draw_training(log, os.path.join(folder, "training.png"))
-    else:
-        print(f"no training.png: {folder}/log.jsonl is of another run than ckpt.pt")
-    figures.draw_shares(shares, base_shares, task.strategies, os.path.join(folder, "shares.png"))
-    for name in ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutation_gap",
-                 "controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
-                 "posterior_mu_probe_accuracy", "sampled_z_probe_accuracy", "sampled_z_probe_accuracy_control",
-                 "centroid_distance", "sampled_strategy_total_variation", "nll", "base_nll", "posterior_alignment",
-                 "minutes"):
+    runs.write_result(folder, cfg, checkpoint["made_with"] | {"base": checkpoint["base"]["config"]}, metrics)
+    for name in SHOWN:
         if name in metrics:
             print(f"{name:36s} {metrics[name]:.3f}")
     if not D:
-        print("z and the strategy it means:", ", ".join(
-            f"<z{k + 1}> {'none' if s is None else f'{task.strategies[s]} ({C[k, s]:.2f})'}"
-            for k, s in enumerate(one_to_one_matching(C)[1])))
+        meanings = [f"<z{k + 1}> {'none' if s is None else f'{names[s]} ({C[k, s]:.2f})'}"
+                    for k, s in enumerate(one_to_one_matching(C)[1])]
+        print("z and the strategy it means:", ", ".join(meanings))
     print(f"wrote {folder}/metrics.json and the figures beside it", flush=True)
     return metrics
 
 
+def strategy_maps(model, task, tokenizer, xs, points=25):
+    """The strategy of y, the likeliest token at a time, under every z of a plane from -3 to 3, for every x: a list of
+    (points, points) indices, S for none; and the inputs as text."""
+    side = torch.linspace(-3, 3, points)
+    z, maps = torch.cartesian_prod(side, side), []
+    for x in xs:
+        ys = sample_ys(model, tokenizer, len(z) * [tokenizer.prompt(x, continuous=True)], seeded(0), 0, z)
+        found = indices(task, [task.attribute(x, y) for y in ys])
+        maps.append(torch.where(found < 0, len(task.strategies), found).view(points, points))
+    return maps, [" ".join(x) for x in xs]
+
+
 def draw(folder, seed=0):
     """Draws the figures that no metric needs, those that apply to the run, and prints their paths."""
-    checkpoint, base, task, tokenizer, model, q = load_run(folder)
-    xs, drawn = different_inputs(task, checkpoint["config"]["eval_inputs"], test=True), []
+    _, base, task, tokenizer, model, q = run = load_run(folder)
+    xs, drawn = different_inputs(task, run[0]["config"]["eval_inputs"], "test"), []
+    generator, K = seeded(seed), model.config.n_latents
 
     def path(name):
         drawn.append(os.path.join(folder, name))
         return drawn[-1]
 
+    def traces(model, prompts):  # [(strategy, lines)] of one sample of every prompt
+        ys = sample_ys(model, tokenizer, prompts, generator)
+        return [(task.attribute(xs[0], y) or "no strategy", trace_lines(y)) for y in ys]
+
     if model.config.z_dim:
-        all_xs, generator = [x for x in xs for _ in range(4)], seeded(seed)
+        all_xs = [x for x in xs for _ in range(4)]
         pairs = sample_pairs(base, [tokenizer.prompt(x) for x in all_xs], generator)
         labels = indices(task, [task.attribute(x, y) for x, y in zip(all_xs, solutions(tokenizer, pairs))])
         z, _, found = router_sampled(model, task, tokenizer, xs, SAMPLES, generator)
-        figures.draw_centroids(q(pairs)[0], labels, z.flatten(0, 1), indices(task, found), task.strategies,
+        figures.draw_centroids(q.infer(pairs)[0], labels, z.flatten(0, 1), indices(task, found), task.strategies,
                                path("centroids.png"))
     else:
-        figures.draw_traces(base, model, task, tokenizer, xs[0], seed, path("traces.png"))
-        looks = [entry for entry in read_log(folder) if "strategy_by_latent" in entry]
-        if looks:
-            figures.draw_dynamics(looks, task.strategies, path("dynamics.png"))
+        of_base = traces(base, K * [tokenizer.prompt(xs[0])])
+        of_latents = traces(model, [tokenizer.prompt(xs[0], k) for k in range(K)])
+        figures.draw_traces(" ".join(xs[0]), of_base, of_latents, task.strategies, path("traces.png"))
+        entries = [entry for entry in runs.read_log(folder) if "strategy_by_latent" in entry]
+        if entries:
+            matching = one_to_one_matching(torch.tensor(entries[-1]["strategy_by_latent"]))[1]
+            figures.draw_dynamics(entries, matching, task.strategies, path("dynamics.png"))
         else:
             print("no dynamics.png: log.jsonl says nothing about strategy_by_latent")
-    found = decodability(base, task, tokenizer, xs, 6, seed)
-    if found[0]:
-        figures.draw_decodability(*found, path("decodability.png"))
-    else:
-        print("no decodability.png: too few solutions of the base follow a strategy")
     print("\n".join(drawn))
+
+
+def trace_lines(y):
+    """A solution y as lines of text, a step each."""
+    lines = " ".join(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")
+    return [line.strip(" ;") for line in lines]
 
 
 def show(run, xs):
@@ -138,8 +431,8 @@ def show(run, xs):
     K = model.config.n_latents
     names, z = [f"<z{k + 1}>" for k in range(K)], None
     if model.config.z_dim:
-        found_z, _, found = router_sampled(model, task, tokenizer, different_inputs(task, 32, test=True), SAMPLES,
-                                           seeded(0))
+        some = different_inputs(task, 32, "test")
+        found_z, _, found = router_sampled(model, task, tokenizer, some, SAMPLES, seeded(0))
         there = [s for s in task.strategies if s in found]
         if not there:
             fail("no z of the router gives any strategy: there is nothing to show")
@@ -148,9 +441,7 @@ def show(run, xs):
     for x in xs:
         prompts = [tokenizer.prompt(x, k, continuous=z is not None) for k in range(len(names))]
         ys = sample_ys(model, tokenizer, prompts, seeded(0), temperature=0, z=z)
-        columns = [[f"{name} {task.attribute(x, y) or 'no strategy'}"] for name, y in zip(names, ys)]
-        for column, y in zip(columns, ys):
-            column += figures.trace_lines(y)
+        columns = [[f"{name} {strategy_of(task, x, y)}", *trace_lines(y)] for name, y in zip(names, ys)]
         widths = [max(map(len, column)) for column in columns]
         print(f"\nx = {' '.join(x)}")
         for i in range(max(map(len, columns))):
@@ -161,7 +452,11 @@ def show(run, xs):
             ys = sample_ys(model, tokenizer, 11 * [prompts[0]], seeded(0), temperature=0, z=line)
             print(f"  on the way from z of {there[0]} to z of {there[1]}:")
             for t, y in zip(way[:, 0].tolist(), ys):
-                print(f"    {t:.1f} {task.attribute(x, y) or 'no strategy'}")
+                print(f"    {t:.1f} {strategy_of(task, x, y)}")
+
+
+def strategy_of(task, x, y):
+    return task.attribute(x, y) or f"no strategy (nearest: {task.nearest_strategy(x, y)})"
 
 
 def typed_input(run, text):
@@ -196,7 +491,7 @@ def answer(argv):
             draw(folder)
         else:
             run = load_run(folder)
-            show(run, [typed_input(run, value)] if key == "--x" else different_inputs(run[2], int(value), test=True))
+            show(run, [typed_input(run, value)] if key == "--x" else different_inputs(run[2], int(value), "test"))
 
 
 def main(argv):

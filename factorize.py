@@ -1,425 +1,422 @@
-"""Learns a router p(z|x) and a generator p(y|x,z) from a base model p(y|x), without ever seeing a strategy label.
+"""Learns a router p(z|x) and a generator p(y|x,z) from a base model p(y|x), without labels.
 
     python factorize.py configs/sorting_discrete.py
 
-Trains the base first if its checkpoint is missing. Leaves out/sorting_discrete/ with ckpt.pt, config.json, log.jsonl,
-metrics.json, result.json and figures. The recipe has four stages, of which a continuous z skips the third:
-    clusters           label a few thousand responses of the base (posterior.cluster_responses), fit a linear posterior
-    held               the generator learns to use z, the posterior's labels standing still
-    responsibilities   labels T = Sinkhorn(log p(y|x,z) / tau + alpha log q(z|x,y)) [1]
-    ELBO               the evidence lower bound [2], with a weight beta on its KL, everything trained together
+Trains the base first if its checkpoint is missing. Leaves out/sorting_discrete/ with ckpt.pt,
+config.json, log.jsonl, metrics.json, result.json and figures. The recipe:
+    clusters           label some responses of the base, fit the posterior q(z|x,y) to the labels
+                       (posterior.py)
+    fixed labels       the posterior stands still and labels; the generator learns to use z
+    responsibilities   (discrete z) labels r = Sinkhorn(log p(y|x,z) / tau + alpha log q(z|x,y)) [1]
+    ELBO               the evidence lower bound [2], its KL weighted by beta; everything is trained
 [1] Asano et al. 2020, arXiv 1911.05371     [2] Kingma & Welling 2014, arXiv 1312.6114
 """
 import dataclasses
-import functools
-import json
 import math
-import os
 import random
 import sys
-import time
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-import configs
 import evaluate
 import losses
-import metrics
-import parallel
 import train_base
-from configs import fail
-from model import GPT, Pairs, gaussian, log_likelihood, sample_pairs, score_latents
-from parallel import gather, in_threads, seeded, sum_in_threads
-from posterior import Posterior, cluster_responses
+from harness import config, parallel, runs
+from harness.config import Count, Weight, at_least, between, fail
+from harness.optim import make_optimizers, set_learning_rates, update
+from harness.parallel import seeded, sum_chunks
+from model import (Pairs, fit_latent_section, gaussian, in_chunks, log_likelihood, sample_pairs,
+                   score_latents, score_router)
+from posterior import Posterior, start_posterior
 from tasks import Tokenizer
-from train_base import (check_finite, check_optimizer, find_state, finish, interruptible, load_base, make_optimizers,
-                        make_task, open_run, restore, save_state, set_lr, stop, warmup_and_decay)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     base: str  # config file of the base model, which is trained first if its checkpoint is missing
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
-    n_latents: int = 0  # K, of clusters where z is continuous; 0: as many as the task has strategies
     z_dim: int = 0  # D, the size of a continuous z; 0: discrete latents
-    prior: list | None = None  # share of the base's solutions that each latent should stand for; None: equal shares
-    steps: int = 700  # gradient steps
-    batch_size: int = 64  # pairs (x, y) a step, y sampled from the frozen base
-    pool_size: int = 512  # pairs sampled at a time; each is used once
-    chunks: int = 8  # pieces of a batch, sorted by length: little padding, and work for every thread; same gradient
-    # stages; responsibility_steps, tau, held_alpha, alpha and router_support_weight play no part where z is continuous,
-    # posterior_std, z_samples and tiling_weight none where it is discrete
-    slot_steps: int = 60  # gradient steps that fit the embeddings of <z> z </z> to leave the base's p(y|x) as it was
-    cluster_inputs: int = 768  # inputs whose responses are clustered; 0: no clusters, the posterior's head is random
-    cluster_responses: int = 12  # responses to each of them
-    cluster_restarts: int = 192  # starts of the clustering, of which the best counts
-    held_steps: int = 300  # steps in which the posterior stands still and labels; a pool keeps its labels to its end
-    responsibility_steps: int = 350  # further steps with balanced responsibilities; the remaining ones train the ELBO
-    tau: float = 0.5  # temperature of log p(y|x,z) in the responsibilities
-    held_alpha: float = 4.0  # power to which q(z|x,y) is raised in the held labels
+    n_latents: int = 0  # K, the number of clusters, and of discrete latents; 0: one per strategy
+    prior: list | None = None  # share of the base's responses in each cluster; None: equal shares
+    steps: Count = 700  # gradient steps
+    batch_size: Count = 64  # pairs (x, y) a step, y sampled from the frozen base
+    pool_size: Count = 512  # pairs sampled and labelled at a time; each is used once
+    chunks: Count = 8  # of a batch, by length: little padding, work for every thread, less memory
+    section_steps: int = 60  # steps that fit <z> z </z> to leave the base's p(y|x) as it was
+    # clusters
+    cluster_inputs: int = 768  # inputs whose responses are clustered; 0: q's head stays random
+    cluster_responses: at_least(2) = 12  # responses to each of them
+    cluster_restarts: Count = 192  # starts of the clustering, of which the best counts
+    posterior: Literal["linear", "full"] = "linear"  # q trains its head, or its backbone, too
+    # stages where z is discrete; the ELBO takes the steps that remain
+    fixed_label_steps: int = 300  # steps in which q stands still and labels
+    fixed_label_power: float = 4.0  # power to which q(z|x,y) is raised in these labels
+    responsibility_steps: int = 350  # further steps, with balanced responsibilities as labels
+    tau: at_least(0.001, float) = 0.5  # temperature of log p(y|x,z) in the responsibilities
     alpha: float = 2.0  # weight of log q(z|x,y) in the responsibilities
-    posterior: str = "linear"  # "linear": frozen backbone, trained head; "full": both trained
-    posterior_std: float = 0.3  # standard deviation of a continuous posterior as it starts
-    z_samples: int = 1  # S, samples of a continuous z a pair, from the posterior
+    # stages where z is continuous; the ELBO takes the steps that remain
+    cell_steps: int = 600  # steps in which q stands still, z ~ N(0, I) in the cell of a pair
+    posterior_std: between(0.1, 0.9) = 0.3  # standard deviation of q as it starts
+    z_samples: Count = 1  # samples of q a pair, in the ELBO
     # objective J = R + beta KL + sum_i weight_i L_i; a term of weight 0 takes no part in it
     normalize_reconstruction: bool = True  # divide R by c_base, the base's validation loss
+    token_weighted_weight: Weight = 0.0  # of the token-weighted reconstruction
     beta: float = 0.1  # of KL(q || p), in the ELBO
-    # these, in every stage
-    token_weighted_weight: float = 0.0  # of the token-weighted reconstruction
-    posterior_entropy_weight: float = 0.0  # of H(q)
-    router_support_weight: float = 0.1  # of the router's mass outside the latent tokens
-    router_marginal_kl_weight: float = 0.0  # of KL(mean router || prior), or of one Gaussian for all x from N(0, I)
-    jsd_weight: float = 0.0  # of minus the inter-latent Jensen-Shannon divergence
-    posterior_variance_weight: float = 0.0  # of the mean variance of a continuous posterior
-    # and these in one
-    tiling_weight: float = 0.5  # in a continuous ELBO, of -log p(y|x,z), not normalised, z ~ N(0, I) in the pair's cell
-    distillation_weight: float = 1.0  # before the ELBO, of posterior and router towards the labels, or of KL(q || p)
+    distillation_weight: Weight = 1.0  # before it, of router and q towards their labels
+    # ... where z is discrete
+    posterior_entropy_weight: Weight = 0.0  # of H(q)
+    router_support_weight: Weight = 0.1  # of the router's mass outside the latent tokens
+    router_marginal_kl_weight: Weight = 0.0  # of KL(mean router || prior)
+    jsd_weight: Weight = 0.0  # of minus the inter-latent Jensen-Shannon divergence, in the ELBO
+    # ... where z is continuous
+    cell_weight: Weight = 0.5  # of -log p(y|x,z), z ~ N(0, I) in the cell of the pair, in the ELBO
+    router_moment_kl_weight: Weight = 1.0  # of KL(moments of the batch's routers || N(0, I))
+    posterior_variance_weight: Weight = 0.0  # of the mean variance of q
     # optimisation
-    optimizer: str = "muon"  # "muon" (AdamW for embedding and head) or "adamw"
+    optimizer: Literal["muon", "adamw"] = "muon"  # Muon, AdamW for embedding and head; or all AdamW
     lr: float = 0.003  # peak learning rate of Muon's matrices
     adamw_lr: float = 3e-3  # peak learning rate of AdamW's parameters
     posterior_lr: float = 3e-3  # peak learning rate of the posterior, by AdamW
     weight_decay: float = 0.0  # decoupled, as in AdamW
     warmup: int = 20  # steps of linear warm-up; over all steps the rate falls linearly to 0
     # evaluation
-    eval_every: int = 100  # steps between looks at the alignment
-    look_inputs: int = 64  # training inputs a look; of these at most 32 where z is continuous
-    eval_inputs: int = 256  # different test inputs, as many as the task has
-    eval_samples: int = 8  # router samples an input, or K if that is more; 16 where z is continuous
+    eval_every: Count = 100  # steps between evaluations during training
+    validation_inputs: at_least(2) = 64  # inputs of these evaluations; at most 32 if z is continuous
+    eval_inputs: at_least(2) = 256  # different test inputs, as many as the task has
+    eval_samples: Count = 8  # router samples an input, or K if that is more; 16 if z is continuous
+    # running
     seed: int = 0  # of weights, data and clusters
-    threads: int = 2  # CPU threads
+    threads: Count = 2  # CPU threads
     device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
-    precision: str = "auto"  # of matrix products: "float32" or "bfloat16"; auto: bfloat16 on CUDA, where it is faster
-    compile: bool = False  # fuse the blocks by torch.compile: faster, after slow first steps; takes a C++ compiler
-    recompute: bool = False  # score a batch twice, the second time pair by pair: memory of a pair under K latents
-    save_every: int = 100  # steps between saved states, from which an interrupted run can go on
-    resume: bool = False  # go on from the last saved state, of the base's training too, if there is one
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; bfloat16 if on CUDA
+    compile: bool = False  # fuse the blocks by torch.compile: faster after slow first steps
+    save_every: Count = 100  # steps between saved states, from which an interrupted run can go on
+    resume: bool = False  # go on from the last saved state, of the base's training, too
     overwrite: bool = False  # start again in a folder that holds a run
 
 
-def draw_pairs(base, task, tokenizer, n_inputs, n_responses, key):
-    """n_responses samples y ~ p_theta(y|x) for each of n_inputs training inputs: a function of `key` (str) alone."""
-    rng = random.Random(key)
-    xs = [x for x in (task.sample_input(rng, test=False) for _ in range(n_inputs)) for _ in range(n_responses)]
-    return sample_pairs(base, [tokenizer.prompt(x) for x in xs], seeded(rng.getrandbits(48)))
+DISCRETE_ONLY = ("fixed_label_steps", "fixed_label_power", "responsibility_steps", "tau", "alpha",
+                 "posterior_entropy_weight", "router_support_weight", "router_marginal_kl_weight",
+                 "jsd_weight")
+CONTINUOUS_ONLY = ("cell_steps", "posterior_std", "z_samples", "cell_weight",
+                   "router_moment_kl_weight", "posterior_variance_weight")
+
+
+def stage_of(cfg, step):
+    first = cfg.cell_steps if cfg.z_dim else cfg.fixed_label_steps
+    second = 0 if cfg.z_dim else cfg.responsibility_steps
+    if step < first:
+        return "fixed labels"
+    return "responsibilities" if step < first + second else "ELBO"
+
+
+def weights(cfg, stage, c_base):
+    """The terms of J in a stage, name -> weight. One of weight 0 is in the log alone."""
+    table = {"reconstruction": 1 / c_base if cfg.normalize_reconstruction else 1.0,
+             "token_weighted": cfg.token_weighted_weight,
+             "kl": cfg.beta if stage == "ELBO" else 0.0}
+    if stage != "ELBO":
+        table["router_distillation"] = cfg.distillation_weight
+    if cfg.z_dim:
+        table["posterior_variance"] = cfg.posterior_variance_weight
+        table["router_moment_kl"] = cfg.router_moment_kl_weight
+        if stage == "ELBO":
+            table["cell_reconstruction"] = cfg.cell_weight
+    else:
+        table["posterior_entropy"] = cfg.posterior_entropy_weight
+        table["router_support"] = cfg.router_support_weight
+        table["router_marginal_kl"] = cfg.router_marginal_kl_weight
+        if stage == "responsibilities":
+            table["posterior_distillation"] = cfg.distillation_weight
+        if stage == "ELBO":
+            table["jsd"] = -cfg.jsd_weight
+    costly = ("router_moment_kl", "router_marginal_kl", "cell_reconstruction", "jsd")
+    return {name: weight for name, weight in table.items() if weight or name not in costly}
+
+
+# ------------------------------------------------------------- the terms of J
+def discrete_terms(model, q, pairs, labels, stage, terms):
+    """The terms of J named in `terms`, for B pairs: name -> (B,) nats. labels: see label_pool and
+    label_batch, name -> (B, ...)."""
+    with torch.set_grad_enabled(stage != "fixed labels"):  # there q stands still: it is the label
+        logq = q(pairs, labels.get("features"))  # (B, K)
+    K = logq.shape[1]
+    if stage == "ELBO":  # z ~ q: sums over z are exact
+        z, log_z = torch.arange(K).expand(logq.shape), logq
+    else:  # z ~ r: one draw estimates the sum without bias, at a K-th of its cost
+        z, log_z = labels["z"], torch.zeros(len(logq), 1)
+    latents = model.config.vocab_size - K + z  # token ids of <z1> ... <zK>
+    token_nll, logits, router = score_latents(model, pairs, latents)  # (B, n, T), (B, n, T, V), (B, V)
+    logp_z, w = F.log_softmax(router[:, -K:], dim=1), losses.token_weights(pairs.b)
+    found = {"reconstruction": losses.reconstruction(-token_nll.sum(dim=2), log_z),
+             "token_weighted": losses.token_weighted_reconstruction(token_nll, w, log_z),
+             "kl": losses.categorical_kl(logq, logp_z),
+             "posterior_entropy": losses.posterior_entropy(logq),
+             "router_support": losses.router_support(router, K)}
+    if "router_marginal_kl" in terms:
+        found["router_marginal_kl"] = losses.router_marginal_kl(
+            logp_z, labels["log_marginal"], labels["log_prior"])
+    if "jsd" in terms:
+        found["jsd"] = losses.inter_latent_jsd(F.log_softmax(logits, dim=-1), w)
+    if stage != "ELBO":
+        found["router_distillation"] = losses.distillation(labels["log_r"], logp_z)
+    if stage == "responsibilities":
+        found["posterior_distillation"] = losses.distillation(labels["log_r"], logq)
+    return found
+
+
+def continuous_terms(model, q, pairs, labels, stage, terms):
+    """The same where z is continuous."""
+    with torch.set_grad_enabled(stage != "fixed labels"):
+        mean, log_var = q(pairs, labels.get("features"))  # (B, D) each
+    if stage == "ELBO":  # z ~ q, reparameterised: n samples
+        z = mean[:, None] + (0.5 * log_var).exp()[:, None] * labels["noise"]  # (B, n, D)
+    else:  # z ~ N(0, I) in the cell of the pair
+        z = labels["z"]  # (B, 1, D)
+    n = z.shape[1]
+    log_z = torch.full(z.shape[:2], -math.log(n), dtype=z.dtype)  # the mean over samples
+    if "cell_reconstruction" in terms:
+        z = torch.cat((z, labels["z"]), dim=1)
+    token_nll, _, router = score_latents(model, pairs, z)  # (B, n, T) or (B, n + 1, T)
+    router, w = gaussian(router), losses.token_weights(pairs.b)  # mean and log variance, (B, D) each
+    kl = losses.gaussian_kl(mean, log_var, *router)
+    found = {"reconstruction": losses.reconstruction(-token_nll[:, :n].sum(dim=2), log_z),
+             "token_weighted": losses.token_weighted_reconstruction(token_nll[:, :n], w, log_z),
+             "kl": kl,
+             "posterior_variance": losses.posterior_variance(log_var)}
+    if "router_moment_kl" in terms:
+        found["router_moment_kl"] = losses.router_moment_kl(*router, labels["m"], labels["v"])
+    if "cell_reconstruction" in terms:
+        found["cell_reconstruction"] = token_nll[:, -1].sum(dim=1)
+    if stage != "ELBO":
+        found["router_distillation"] = kl  # q is the label
+    return found
+
+
+def gradient(model, q, batch, labels, stage, weights, parameters, n_chunks):
+    """The terms of J, name -> mean over the batch, and the gradient of J, one tensor a parameter.
+    Every term is a mean over pairs. So the batch is cut into chunks of pairs of similar length,
+    whose gradients are computed side by side and added up: memory is that of the chunks in work."""
+    terms_of = continuous_terms if model.config.z_dim else discrete_terms
+
+    def of_chunk(rows):
+        of_rows = {name: value[rows] for name, value in labels.items()}
+        terms = terms_of(model, q, batch.rows(rows), of_rows, stage, weights)
+        terms = {name: terms[name].sum() / len(batch.ids) for name in weights}
+        J = sum(weights[name] * value for name, value in terms.items() if weights[name])
+        values = torch.stack([value.detach() for value in terms.values()])
+        return values, *torch.autograd.grad(J, parameters, allow_unused=True)
+
+    chunks = batch.by_length(max(n_chunks, parallel.processes))
+    values, *gradients = sum_chunks(of_chunk, chunks)
+    return dict(zip(weights, values.tolist())), gradients
+
+
+# ------------------------------------------------------------- data and labels
+def sample_responses(base, task, n_inputs, n_responses, key):
+    """n_responses samples y ~ p_theta(y|x) for each of n_inputs training inputs, as model.Pairs: a
+    function of `key` (str) alone."""
+    rng, tokenizer = random.Random(key), Tokenizer(task.vocab)
+    xs = [task.sample_input(rng, "train") for _ in range(n_inputs)]
+    prompts = [tokenizer.prompt(x) for x in xs for _ in range(n_responses)]
+    return sample_pairs(base, prompts, seeded(rng.getrandbits(48)))
+
+
+@torch.no_grad()
+def label_pool(model, q, pool, stage, cfg, log_prior, generator):
+    """What the pairs of a pool are trained on besides themselves, name -> (N, ...): `features` of a
+    frozen posterior, and log_r (N, K), or z (N, 1, D) ~ N(0, I) in the cell of the pair."""
+    labels = {"features": q.all_features(pool)} if q.adaptation == "linear" else {}
+    out = q.read(labels["features"]) if labels else q.infer(pool)
+    if cfg.z_dim:
+        labels["z"] = q.cells.sample(out[0], generator)[:, None]
+    elif stage == "fixed labels":
+        labels["log_r"] = F.log_softmax(cfg.fixed_label_power * out, dim=1)
+    elif stage == "responsibilities":
+        scores = log_likelihood(model, pool) / cfg.tau + cfg.alpha * out
+        labels["log_r"] = losses.balanced_responsibilities(scores, log_prior)
+    return labels
+
+
+@torch.no_grad()
+def label_batch(model, batch, labels, stage, cfg, terms, log_prior, generator):
+    """Adds what is drawn, and what is a statement about the whole batch, before it is cut into
+    chunks: z (B, 1) ~ r; noise (B, n, D) of q; and the marginal of the routers, which is held
+    constant in its KL (losses.router_marginal_kl)."""
+    B, labels = len(batch.ids), dict(labels)
+    if not cfg.z_dim and stage != "ELBO":
+        labels["z"] = torch.multinomial(labels["log_r"].exp(), 1, generator=generator)
+    if cfg.z_dim and stage == "ELBO":
+        labels["noise"] = torch.randn(B, cfg.z_samples, cfg.z_dim, generator=generator)
+    if {"router_marginal_kl", "router_moment_kl"} & set(terms):
+        router = in_chunks(lambda chunk: score_router(model, chunk.ids, chunk.starts), batch)
+    if "router_marginal_kl" in terms:
+        logp_z = F.log_softmax(router[:, -len(log_prior):], dim=1)
+        log_marginal = logp_z.logsumexp(dim=0) - math.log(B)
+        labels["log_marginal"], labels["log_prior"] = log_marginal.expand(B, -1), log_prior.expand(B, -1)
+    if "router_moment_kl" in terms:
+        mean, log_var = gaussian(router)
+        m = mean.mean(dim=0)
+        v = (log_var.exp() + mean.square()).mean(dim=0) - m.square()
+        labels["m"], labels["v"] = m.expand(B, -1), v.expand(B, -1)
+    return labels
+
+
+# ------------------------------------------------------------- the loop
+def factorize(cfg):
+    """Runs the recipe of cfg and leaves its run folder; returns the path of the folder."""
+    base_cfg = load_base_config(cfg)
+    K = cfg.n_latents or len(train_base.make_task(base_cfg.task, base_cfg.task_sizes).strategies)
+    check(cfg, K)  # whatever is wrong is said before a base is trained
+    parallel.start(cfg.threads, cfg.device, cfg.precision)
+    log_prior = torch.tensor(cfg.prior or K * [1.0]).log().log_softmax(dim=0)
+    with runs.Run(cfg) as run:
+        base, task, base_checkpoint = train_base.get_base(base_cfg, cfg.base)
+        c_base = base_checkpoint["c_base"]
+        torch.manual_seed(cfg.seed)  # the base may have been trained just now, or long ago
+        run.begin()
+        model, q, optimizers, pool, labels, start_nll_error = initialise(
+            cfg, run, base, task, K, c_base, log_prior)
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups
+                      for p in group["params"]]
+        bar = run.steps()
+        for step in bar:
+            set_learning_rates(optimizers, step, cfg)
+            stage, generator = stage_of(cfg, step), seeded(cfg.seed * 10**6 + step)
+            terms = weights(cfg, stage, c_base)
+            first = step * cfg.batch_size % cfg.pool_size
+            if first == 0:
+                pool = sample_responses(base, task, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
+                labels = label_pool(model, q, pool, stage, cfg, log_prior, generator)
+            rows = slice(first, first + cfg.batch_size)
+            batch, of_batch = pool.rows(rows), {name: value[rows] for name, value in labels.items()}
+            of_batch = label_batch(model, batch, of_batch, stage, cfg, terms, log_prior, generator)
+            values, gradients = gradient(model, q, batch, of_batch, stage, terms, parameters,
+                                         cfg.chunks)
+            run.check_finite(step, values, gradients)
+            update(optimizers, parameters, gradients)
+            entry = log_entry(step, stage, values, terms, c_base) | {"minutes": run.minutes}
+            if run.due(step):
+                entry |= evaluate.during_training(model, q, task, pool, cfg.validation_inputs, step)
+            run.log(entry)
+            report(cfg, bar, entry)
+            run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {
+                "posterior": q.state_dict(), "c_base": c_base, "pool": list(pool),
+                "labels": labels, "start_nll_error": start_nll_error})
+        run.finish({
+            "kind": "factorization", "config": dataclasses.asdict(cfg), "base": base_checkpoint,
+            "model_config": vars(model.config), "model": model.state_dict(),
+            "posterior": q.state_dict(), "minutes": run.minutes, "last_log": entry,
+            "start_nll_error": start_nll_error, "made_with": run.made_with})
+    return run.folder
+
+
+def initialise(cfg, run, base, task, K, c_base, log_prior):
+    """Model, posterior and optimizers before the first step, or as the interrupted run saved them,
+    with its pool and labels; and how far the new model is from the base."""
+    model = base.with_latents(0 if cfg.z_dim else K, cfg.z_dim)
+    if not run.state:
+        section_pairs, other_pairs = (
+            sample_responses(base, task, cfg.pool_size, 1, f"{name} {cfg.seed}")
+            for name in ("section", "start"))
+        fit_latent_section(model, section_pairs, cfg.section_steps)
+        start_nll_error = compare_to_base(model, other_pairs)
+        what = f"a latent in {cfg.z_dim} dimensions" if cfg.z_dim else f"{K} latents"
+        print(f"{cfg.name}: {what} for {task.name}, base at {c_base:.3f} nats a solution; "
+              f"inserted, this changes by at most {start_nll_error:.1%}", flush=True)
+    q = Posterior(base, K, cfg.posterior, cfg.z_dim)
+    optimizers = make_optimizers(model, cfg)
+    optimizers.append(torch.optim.AdamW([p for p in q.parameters() if p.requires_grad],
+                                        cfg.posterior_lr, weight_decay=0.0))
+    pool = labels = None
+    if run.state:
+        if run.state["c_base"] != c_base:
+            fail(f"'{run.folder}' was begun with another base than that of {cfg.base}: start again "
+                 "by --overwrite=True")
+        runs.restore(run.state, model, optimizers)
+        q.load_state_dict(run.state["posterior"])
+        pool, labels = Pairs(*run.state["pool"]), run.state["labels"]
+        start_nll_error = run.state["start_nll_error"]
+    elif cfg.cluster_inputs:
+        n, key = cfg.cluster_responses, f"clusters {cfg.seed}"
+        pairs = sample_responses(base, task, cfg.cluster_inputs, n, key)
+        agree = start_posterior(q, pairs, torch.arange(len(pairs.ids)) // n, log_prior,
+                                seeded(cfg.seed), cfg.cluster_restarts, cfg.posterior_std)
+        print(f"{cfg.name}: {agree:.0%} of {cfg.cluster_restarts} restarts found the same "
+              f"clusters, {run.minutes:.1f} min", flush=True)
+    else:
+        q.fit_statistics(other_pairs)  # without them every feature is 0
+    if cfg.compile:
+        model.compile()
+    return model, q, optimizers, pool, labels, start_nll_error
 
 
 def compare_to_base(model, pairs):
-    """max_k |NLL of y given (x, z_k) - base NLL of y| / base NLL of y, over samples of the base; z ~ N(0, I) where
-    it is continuous."""
+    """max_k |NLL of y given (x, z_k) - base NLL of y| / base NLL of y, over samples of the base;
+    z ~ N(0, I) where it is continuous."""
     z = [torch.randn(len(pairs.ids), 3, model.config.z_dim)] if model.config.z_dim else []
     nll = -log_likelihood(model, pairs, *z).mean(dim=0)  # (K,)
     base_nll = pairs.b.sum(dim=1).mean()
     return ((nll - base_nll).abs().max() / base_nll).item()
 
 
-def start_posterior(q, base, task, tokenizer, cfg, log_prior):
-    """Clusters responses of the base, fits the posterior's head to the clusters; returns the share of restarts that
-    agree on them."""
-    pairs = draw_pairs(base, task, tokenizer, cfg.cluster_inputs, cfg.cluster_responses, f"clusters {cfg.seed}")
-    first = {}  # a response that came up several times is one response, weighted by its probability
-    for i, row in enumerate(pairs.ids.tolist()):
-        first.setdefault((i // cfg.cluster_responses, *row), i)
-    index = torch.tensor(list(first.values()))
-    distinct = pairs.rows(index)
-    if len(index) < 2 * len(log_prior):
-        fail(f"config key 'cluster_inputs': {len(index)} different responses are too few for {len(log_prior)} clusters")
-    features, log_p = q.fit_statistics(distinct), -distinct.b.sum(dim=1)
-    width = base.config.n_embd
-    # the last two layers, pooled with equal weights: earlier layers and other weights say more about x than about z
-    evenly = features[:, :base.config.n_layer * width][:, -2 * width:]
-    log_t, agreement = cluster_responses(evenly, index // cfg.cluster_responses, log_p, log_prior,
-                                         seeded(cfg.seed), cfg.cluster_restarts)
-    weight = log_p.softmax(dim=0)  # here an x counts by how much of what the base says to it was sampled
-    if cfg.z_dim:
-        q.place_corners(weight @ log_t.exp(), cfg.posterior_std)
-        if q.cell(q.corners).tolist() != list(range(len(log_prior))):
-            fail("config key 'z_dim': clusters of such unequal shares have no cells of their own in a continuous z; "
-                 "discrete latents (z_dim = 0) have")
-    q.fit_head(features, log_t, weight)
-    return agreement
+def log_entry(step, stage, values, weights, c_base):
+    """A line of log.jsonl: the raw terms, and each weighted term's share of J by absolute value."""
+    weighted = {name: weights[name] * value for name, value in values.items()}
+    size = sum(map(abs, weighted.values()))
+    return {"step": step + 1, "stage": stage, "objective": sum(weighted.values()), **values,
+            **{f"loss_fraction_{name}": abs(value) / size for name, value in weighted.items()},
+            "normalized_reconstruction": values["reconstruction"] / c_base}
 
 
-def score_batch(model, batch, z, w, chunks, recompute=False):
-    """Everything the objective needs of the generator; z (B, n), or (B, n, D), to score; w (B, T) token weights.
-
-    Returns [logp_y (B, n), weighted_nll (B, n), jsd (B,), router (B, V) or (B, 2 D)] and a function `backward`. Pieces
-    of similar length are scored side by side. The objective is about the whole batch, so its gradient is taken in two
-    steps: objective.backward() stops at what is returned here, and `backward` goes on from there into the model. With
-    `recompute` nothing is kept between the two but what is returned, and pieces of one pair are scored once more:
-    memory is that of the pairs in work.
-    """
-    n_pieces = len(batch.ids) if recompute else max(chunks, parallel.processes)
-    order, parameters = batch.by_length(n_pieces), list(model.parameters())
-    back = torch.cat(order).argsort()
-    mine = parallel.mine(order)  # the pieces of this process
-    zs = [z[rows].detach().requires_grad_(z.requires_grad) for rows in mine]
-
-    def score(rows, z):
-        piece = batch.rows(rows)
-        latents = z if model.config.z_dim else model.config.vocab_size - model.config.n_latents + z
-        token_nll, logits, router = score_latents(model, piece.ids, piece.starts, latents)
-        weights = w[rows][:, :piece.ids.shape[1]]
-        jsd = losses.inter_latent_jsd(F.log_softmax(logits, dim=-1), weights)
-        return -token_nll.sum(dim=2), losses.token_weighted_nll(token_nll, weights), jsd, router
-
-    again = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
-    parts = in_threads(again if recompute else score, mine, zs)
-    whole = gather([[output.detach() for output in part] for part in parts])
-    outputs = [torch.cat(part)[back].requires_grad_() for part in zip(*whole)]
-
-    def backward():
-        def gradient(rows, part, z):  # a term of weight 0 sends no gradient
-            used = [(value, output.grad[rows]) for value, output in zip(part, outputs) if output.grad is not None]
-            values, gradients = zip(*used)
-            wanted = parameters + ([z] if z.requires_grad else [])
-            found = torch.autograd.grad(values, wanted, gradients, allow_unused=True)
-            if z.requires_grad:
-                z.grad = found[-1]
-            return found[:len(parameters)]
-
-        for parameter, total in zip(parameters, sum_in_threads(gradient, mine, parts, zs)):
-            parameter.grad = total
-        if z.requires_grad:
-            z.backward(torch.cat(gather([piece.grad for piece in zs]))[back])
-
-    return outputs, backward
+def report(cfg, bar, entry):
+    """The numbers that a person watches: in the progress bar, or a line for every evaluation."""
+    line = f"R/c {entry['normalized_reconstruction']:.3f}, KL {entry['kl']:.3f}"
+    bar.set_postfix_str(line, refresh=False)
+    if "local_strategy_coverage_mean" in entry:
+        name, key = ("probe", "sampled_z_probe_accuracy") if cfg.z_dim else \
+            ("alignment", "alignment_one_to_one")
+        bar.clear()
+        print(f"{cfg.name} step {entry['step']}/{cfg.steps}: {line}, {name} {entry[key]:.3f}, "
+              f"coverage {entry['local_strategy_coverage_mean']:.3f}, {entry['minutes']:.1f} min",
+              flush=True)
 
 
-@torch.no_grad()
-def tile(q, pool, cfg, generator):
-    """Labels of a pool where z is continuous: mean and log variance of the posterior, and a z ~ N(0, I) out of the cell
-    that the mean is in (Posterior.cell), (N, D) each. So the whole space is taken, in the same way for every x."""
-    mean, log_var = q(pool)
-    z = torch.randn(8 * len(mean), cfg.z_dim, generator=generator)
-    same = q.cell(mean)[:, None] == q.cell(z)  # (N, 8 N)
-    same |= ~same.any(dim=1, keepdim=True)  # no draw in a cell: any will do
-    return mean, log_var, z[torch.multinomial(same.float(), 1, generator=generator)[:, 0]]
-
-
-@torch.no_grad()
-def label(model, q, pool, cfg, step, log_prior):
-    """Labels T of a pool: (log q, log T), both (N, K). While held, they are those of the posterior, sharpened."""
-    logq = q(pool)
-    if step < cfg.held_steps:
-        return logq, F.log_softmax(cfg.held_alpha * logq, dim=1)
-    return logq, losses.balanced_responsibilities(log_likelihood(model, pool) / cfg.tau + cfg.alpha * logq, log_prior)
-
-
-@interruptible
-def factorize(cfg, signals):
-    """Runs the recipe of cfg and leaves its run folder; returns the path of the folder."""
-    base_cfg = load_base_config(cfg)
-    K = cfg.n_latents or len(make_task(base_cfg.task, base_cfg.task_sizes).strategies)
-    check(cfg, K)  # whatever is wrong is said before a base is trained
-    parallel.start(cfg.threads, cfg.device, cfg.precision)
-    state = find_state(cfg)
-    base, task, base_checkpoint = get_base(cfg)
-    n_tokens = 0 if cfg.z_dim else K  # a continuous z needs no token of its own
-    torch.manual_seed(cfg.seed)  # after the base, which may or may not have been trained just now
-    c_base, made_with = base_checkpoint["c_base"], train_base.provenance()
-    tokenizer = Tokenizer(task.vocab, n_tokens)
-    log_prior = torch.tensor(cfg.prior or K * [1.0]).log().log_softmax(dim=0)
-    folder, log = open_run(cfg, state)
-    start, first_step, pool, labels = time.time(), 0, None, None
-    if state:
-        model = GPT(dataclasses.replace(base.config, vocab_size=len(tokenizer), n_latents=n_tokens, z_dim=cfg.z_dim))
-    else:
-        slot_pairs, other_pairs = (draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"{name} {cfg.seed}")
-                                   for name in ("slot", "start"))
-        model = base.with_latents(n_tokens, slot_pairs, cfg.slot_steps, z_dim=cfg.z_dim)
-        start_nll_error = compare_to_base(model, other_pairs)
-        what = f"a latent in {cfg.z_dim} dimensions" if cfg.z_dim else f"{K} latents"
-        print(f"{cfg.name}: {what} for {task.name}, base at {c_base:.3f} nats a solution; inserted, this changes by at "
-              f"most {start_nll_error:.1%}", flush=True)
-    q = Posterior(base, K, cfg.posterior, cfg.z_dim)
-    optimizers = make_optimizers(model, cfg) + [torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
-    if state:
-        if state["c_base"] != c_base:
-            fail(f"'{folder}' was begun with another base than that of {cfg.base}: start again by --overwrite=True")
-        restore(state, model, optimizers)
-        q.load_state_dict(state["posterior"])
-        first_step, start, start_nll_error = state["step"], start - 60 * state["minutes"], state["start_nll_error"]
-        pool, labels = Pairs(*state["pool"]), state["labels"]
-    elif cfg.cluster_inputs:
-        agreement = start_posterior(q, base, task, tokenizer, cfg, log_prior)
-        print(f"{cfg.name}: {agreement:.0%} of {cfg.cluster_restarts} restarts found the same clusters, "
-              f"{(time.time() - start) / 60:.1f} min", flush=True)
-    else:
-        q.fit_statistics(other_pairs)  # without them every feature is 0
-    if cfg.compile:
-        model.compile()
-    elbo_step = cfg.held_steps + (0 if cfg.z_dim else cfg.responsibility_steps)
-    shown, score = {}, "sampled_z_probe_accuracy" if cfg.z_dim else "alignment_one_to_one"
-    score_name = "probe" if cfg.z_dim else "alignment"
-    bar = tqdm(range(first_step, cfg.steps), desc=cfg.name, disable=not sys.stdout.isatty(), file=sys.stdout)
-    for step in bar:
-        set_lr(optimizers, warmup_and_decay(step, cfg.steps, cfg.warmup))
-        generator = seeded(cfg.seed * 10**6 + step)
-        # pairs are sampled from the frozen base as they are needed, and never twice
-        used = step * cfg.batch_size % cfg.pool_size
-        rows = slice(used, used + cfg.batch_size)
-        if used == 0:
-            pool = draw_pairs(base, task, tokenizer, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
-            if cfg.z_dim:
-                labels = tile(q, pool, cfg, generator)
-            elif step < elbo_step:
-                labels = label(model, q, pool, cfg, step, log_prior)
-        batch = pool.rows(rows)
-
-        # Before the ELBO the generator learns from labels, which no gradient flows through: from T, of which one z an
-        # example estimates the reconstruction without bias and costs a K-th, or from a continuous z in the pair's cell.
-        held, elbo = step < cfg.held_steps, float(step >= elbo_step)
-        if cfg.z_dim:
-            mean, log_var, tiled = (part[rows] for part in labels)  # (B, D) each
-            z, assignment = tiled[:, None], torch.zeros(cfg.batch_size, 1)
-            if elbo:
-                mean, log_var = q(batch)
-                noise = torch.randn(cfg.batch_size, cfg.z_samples, cfg.z_dim, generator=generator)
-                samples = mean[:, None] + (0.5 * log_var).exp()[:, None] * noise  # (B, S, D), reparameterised
-                z, assignment = torch.cat([samples, z], dim=1), torch.full(noise.shape[:2], -math.log(cfg.z_samples))
-        else:
-            logq = labels[0][rows] if held else q(batch)  # (B, K)
-            if elbo:  # every sum over z is exact
-                z, assignment, log_t = torch.arange(K).expand(cfg.batch_size, K), logq, logq
-            else:
-                log_t = labels[1][rows]
-                z = torch.multinomial(log_t.exp(), 1, generator=generator)
-                assignment = torch.zeros(cfg.batch_size, 1)  # log 1, of the z that was drawn
-        w = losses.token_weights(batch.b)
-        (logp_y, weighted_nll, jsd, router), backward = score_batch(model, batch, z, w, cfg.chunks, cfg.recompute)
-        if cfg.z_dim:
-            n = assignment.shape[1]  # the last z is always that of the cell
-            logp_y, logp_tile, weighted_nll = logp_y[:, :n], logp_y[:, -1], weighted_nll[:, :n]
-        terms = {  # name: (weight, value in nats); a weight of 0 leaves the term out of the objective, but in the log
-            "reconstruction": (1 / c_base if cfg.normalize_reconstruction else 1.0,
-                               losses.reconstruction(logp_y, assignment).mean()),
-            "token_weighted": (cfg.token_weighted_weight, losses.expected(weighted_nll, assignment).mean())}
-        if cfg.z_dim:
-            router = gaussian(router)  # mean and log variance (B, D)
-            terms |= {
-                "kl": (cfg.beta if elbo else cfg.distillation_weight,
-                       losses.gaussian_kl(mean, log_var, *router).mean()),
-                "tiling": (elbo * cfg.tiling_weight, -logp_tile.mean()),
-                "posterior_variance": (cfg.posterior_variance_weight, losses.posterior_variance(log_var).mean()),
-                "router_marginal_kl": (cfg.router_marginal_kl_weight, losses.router_moment_kl(*router))}
-        else:
-            logp_z, learns_t = F.log_softmax(router[:, -K:], dim=1), cfg.distillation_weight * (1 - elbo)  # (B, K)
-            terms |= {
-                "kl": (elbo * cfg.beta, losses.categorical_kl(logq, logp_z).mean()),
-                "posterior_entropy": (cfg.posterior_entropy_weight, losses.posterior_entropy(logq).mean()),
-                "router_support": (cfg.router_support_weight, losses.router_support(router, K).mean()),
-                "router_marginal_kl": (cfg.router_marginal_kl_weight, losses.router_marginal_kl(logp_z, log_prior)),
-                "jsd": (-cfg.jsd_weight, jsd.mean()),
-                "posterior_distillation": (learns_t * (not held), losses.distillation(log_t, logq).mean()),
-                "router_distillation": (learns_t, losses.distillation(log_t, logp_z).mean())}
-        J = sum(weight * value for weight, value in terms.values() if weight)
-        J.backward(retain_graph=bool(cfg.z_dim))  # z is differentiated after the generator
-        backward()
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        check_finite(J, parameters, step, terms, folder)
-        in_threads(lambda optimizer: optimizer.step(), optimizers)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-
-        entry = {"step": step + 1, "objective": J.item(), **{name: value.item() for name, (_, value) in terms.items()}}
-        size = sum(abs(weight * value.item()) for weight, value in terms.values())
-        entry |= {f"loss_fraction_{name}": abs(weight * value.item()) / size for name, (weight, value) in terms.items()}
-        entry["normalized_reconstruction"] = entry["reconstruction"] / c_base
-        entry["minutes"] = (time.time() - start) / 60
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            xs = metrics.different_inputs(task, cfg.look_inputs, test=False)  # recipes are chosen by these looks
-            if cfg.z_dim:
-                shown = metrics.look(model, q, task, tokenizer, pool, xs, seed=step)
-            else:
-                shown, C = metrics.controlled(model, task, tokenizer, xs, seed=step)
-                entry["strategy_by_latent"] = C.tolist()
-            entry |= shown
-            if bar.disable:
-                print(f"{cfg.name} step {step + 1}/{cfg.steps}: R/c {entry['normalized_reconstruction']:.3f}, KL "
-                      f"{entry['kl']:.3f}, {score_name} {shown[score]:.3f}, coverage "
-                      f"{shown['local_strategy_coverage_mean']:.3f}, {entry['minutes']:.1f} min", flush=True)
-        log.write(json.dumps(entry) + "\n")
-        bar.set_postfix_str(f"R/c {entry['normalized_reconstruction']:.3f} KL {entry['kl']:.3f} {score_name} "
-                            f"{shown.get(score, 0):.3f}")
-        received = parallel.union(signals)
-        if (received or (step + 1) % cfg.save_every == 0) and step + 1 < cfg.steps:
-            save_state(folder, log, cfg, step + 1, model, optimizers, posterior=q.state_dict(), c_base=c_base,
-                       pool=list(pool), labels=labels, start_nll_error=start_nll_error,
-                       minutes=(time.time() - start) / 60)
-            stop(received, cfg, step + 1)
-    finish(folder, log, {
-        "kind": "factorization", "config": dataclasses.asdict(cfg), "base": base_checkpoint,
-        "model_config": vars(model.config), "model": model.state_dict(), "posterior": q.state_dict(),
-        "minutes": (time.time() - start) / 60, "last_log": entry, "start_nll_error": start_nll_error,
-        "made_with": made_with})
-    return folder
-
-
+# ------------------------------------------------------------- the config
 def load_base_config(cfg):
     shared = ("threads", "device", "precision", "compile", "resume")
-    return configs.load(train_base, [cfg.base, *(f"--{key}={getattr(cfg, key)}" for key in shared)])
-
-
-def get_base(cfg):
-    """The frozen base model, its task and its checkpoint; trains it if the checkpoint is missing."""
-    base_cfg = load_base_config(cfg)
-    path = os.path.join("out", base_cfg.name, "ckpt.pt")
-    if not os.path.exists(path):
-        if os.path.exists(os.path.join(os.path.dirname(path), "log.jsonl")) and not cfg.resume:
-            fail(f"the base's run in '{os.path.dirname(path)}' is not finished: --resume=True goes on with it, "
-                 f"python train_base.py {cfg.base} --overwrite=True starts it again")
-        print(f"{path} is missing: training the base model first (python train_base.py {cfg.base})", flush=True)
-        train_base.train(base_cfg)
-    base, task, checkpoint = load_base(path)
-    another_model = ("task", "task_sizes", "strategy_weights", "n_layer", "n_head", "n_embd", "block_size")
-    another_run = ("steps", "batch_size", "crop", "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "seed")
-    for key in another_model + another_run:
-        if checkpoint["config"][key] != getattr(base_cfg, key):
-            differs = (f"'{path}' was trained with {key} = {checkpoint['config'][key]!r}, but {cfg.base} says "
-                       f"{getattr(base_cfg, key)!r}")
-            if key in another_model:
-                fail(f"{differs}; remove the checkpoint or change the config")
-            print(f"{differs}: used as it is", flush=True)
-    return base.requires_grad_(False).eval(), task, checkpoint
+    flags = [f"--{key}={getattr(cfg, key)}" for key in shared]
+    return config.load(train_base, [cfg.base, *flags])
 
 
 def check(cfg, K):
     """Stops with one line, before any training, on values that make no sense together."""
+    unused, kind = (DISCRETE_ONLY, "continuous") if cfg.z_dim else (CONTINUOUS_ONLY, "discrete")
+    for field in dataclasses.fields(cfg):
+        if field.name in unused and getattr(cfg, field.name) != field.default:
+            fail(f"config key '{field.name}' plays no part where z is {kind} (z_dim = {cfg.z_dim})")
     if K < 2:
         fail(f"config key 'n_latents': a factorization needs at least 2 latents, got {K}")
     if K > cfg.pool_size:
-        fail(f"config key 'n_latents': {K} latents cannot share the {cfg.pool_size} pairs of a pool (pool_size)")
-    if cfg.prior is not None and (len(cfg.prior) != K or min(cfg.prior) < 1e-4 * sum(cfg.prior) or not sum(cfg.prior)):
-        fail(f"config key 'prior' takes {K} positive shares, each at least 0.0001 of their sum, got {cfg.prior}")
-    if cfg.posterior not in ("linear", "full"):
-        fail(f"config key 'posterior' is 'linear' or 'full', got '{cfg.posterior}'")
-    check_optimizer(cfg)
-    for key in ("steps", "batch_size", "pool_size", "chunks", "cluster_responses", "cluster_restarts", "eval_every",
-                "look_inputs", "eval_inputs", "eval_samples", "threads", "save_every", "z_samples"):
-        # a probe learns from one half of the inputs; clusters are of how the responses to an input differ
-        least = 2 if key in ("look_inputs", "eval_inputs", "cluster_responses") else 1
-        if getattr(cfg, key) < least:
-            fail(f"config key '{key}' must be at least {least}, got {getattr(cfg, key)}")
+        fail(f"config key 'n_latents': {K} latents cannot share the {cfg.pool_size} pairs of a "
+             "pool (pool_size)")
+    if cfg.prior is not None and (len(cfg.prior) != K or not sum(cfg.prior)
+                                  or min(cfg.prior) < 1e-4 * sum(cfg.prior)):
+        fail(f"config key 'prior' takes {K} positive shares, each at least 0.0001 of their sum, "
+             f"got {cfg.prior}")
     if cfg.pool_size % cfg.batch_size:
-        fail(f"config key 'pool_size' ({cfg.pool_size}) must be a multiple of batch_size ({cfg.batch_size})")
+        fail(f"config key 'pool_size' ({cfg.pool_size}) must be a multiple of batch_size "
+             f"({cfg.batch_size})")
     if cfg.z_dim and not cfg.cluster_inputs:
-        fail("config key 'cluster_inputs': a continuous z needs clusters, around which it begins, got 0")
+        fail("config key 'cluster_inputs': a continuous z needs clusters, around which it begins, "
+             "got 0")
     if cfg.z_dim and cfg.z_dim < K - 1:
         fail(f"config key 'z_dim': {K} clusters need at least {K - 1} dimensions, got {cfg.z_dim}")
-    if not 0.1 <= cfg.posterior_std < 1:
-        fail(f"config key 'posterior_std' is at least 0.1 and less than 1, got {cfg.posterior_std}")
-    for key in ("posterior_entropy_weight", "jsd_weight") if cfg.z_dim else ("posterior_variance_weight",):
-        if getattr(cfg, key):
-            fail(f"config key '{key}' has no meaning where latents are {'continuous' if cfg.z_dim else 'discrete'}")
-    if not cfg.tau:
-        fail("config key 'tau' must not be 0")
 
 
 if __name__ == "__main__":
-    run_folder = factorize(configs.load(sys.modules["__main__"], sys.argv[1:]))
+    run_folder = factorize(config.load(sys.modules["__main__"], sys.argv[1:]))
     if parallel.leave():
         evaluate.main([run_folder])

@@ -5,9 +5,20 @@
 Pre-norm transformer (Radford et al. 2019 [1]) with RMSNorm [2], also of queries and keys [4], and rotary positions [3].
 Dimensions, here and in every other file:
     B batch   T positions   C width   V vocabulary   nh heads   hs head size   L layers
-    K latents   S strategies (or posterior samples, where said)   D latent size
+    K latents   D latent size   n latents, or samples of z, that a record is scored under   S strategies
 [1] Language Models are Unsupervised Multitask Learners  [2] arXiv 1910.07467  [3] RoFormer, arXiv 2104.09864
 [4] Query-Key Normalization, arXiv 2010.04245
+
+One record, as the base reads it, and as the generator does. The latent section takes no position of its own, so that y
+keeps the positions at which the base learned to read it. The router is what the model says after <z>.
+
+    token      <bos> <x>  4  2  7 </x>                <y>  2  4  7  ;  ans ... </y> <eos>
+    position     0    1   2  3  4   5                  6   7  8  9 10   11
+
+    token      <bos> <x>  4  2  7 </x> <z> <z3> </z>  <y>  2  4  7  ;  ans ... </y> <eos>
+    position     0    1   2  3  4   5   5    5    5    6   7  8  9 10   11
+
+A continuous z has <z_empty> in the place of <z3>, and E(z), a vector of width C, is added to its embedding.
 """
 import math
 from dataclasses import dataclass, replace
@@ -17,8 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import parallel
-from parallel import map_pieces, seeded, sum_pieces
+from harness import parallel
+from harness.parallel import map_chunks, seeded, sum_chunks
 from tasks import EOS, PAD, X_END, Z, Z_EMPTY, Z_END
 
 
@@ -148,45 +159,17 @@ class GPT(nn.Module):
         """(B, T) ids, padded on the right -> (B, T, V) next-token logits."""
         return self.logits(self.hidden_states(ids, **kwargs)[-1])
 
-    def with_latents(self, n_latents, pairs, steps, batch=32, lr=0.01, z_dim=0):
+    def with_latents(self, n_latents, z_dim=0):
         """A copy of this model whose vocabulary ends in n_latents new tokens, or which takes a vector z of size z_dim
-        at <z_empty>, at the base's distribution.
-
-        Three embeddings, of '<z> z </z>' with <z_empty> as z, start as a small copy of that of </x> and are fitted so
-        that samples `pairs` (Pairs) of this model stay as likely as they are without the section; nothing else changes.
-        The latents then start as <z_empty> and a little noise to tell them apart, and so does E(z). In the output, they
-        are as unlikely as <z_empty>, which the base never saw.
-        """
+        at <z_empty>. The base never saw '<z> z </z>': fit_latent_section must follow."""
         config = replace(self.config, vocab_size=self.config.vocab_size + n_latents, n_latents=n_latents, z_dim=z_dim)
         model, state = GPT(config), self.state_dict()
         embed = torch.cat((state["embed.weight"], torch.zeros(n_latents, config.n_embd)))
         embed[[Z, Z_EMPTY, Z_END]] = 0.2 * state["embed.weight"][X_END]  # small embeddings turn faster
+        # as outputs, the new tokens are as unlikely as <z_empty>, which the base never saw
         head = torch.cat((state["head.weight"], state["head.weight"][Z_EMPTY].expand(n_latents, -1)))
         model.load_state_dict({**model.state_dict(), **state, "embed.weight": embed, "head.weight": head})
-        weight = model.requires_grad_(False).embed.weight.requires_grad_(True)
-        optimizer = torch.optim.Adam([weight], lr)
-        frozen = torch.ones(len(weight), dtype=torch.bool).index_fill(0, torch.tensor([Z, Z_EMPTY, Z_END]), False)
-
-        def gradient(rows):
-            piece = pairs.rows(rows)
-            token_nll, _, _ = score_latents(model, piece.ids, piece.starts, torch.full((len(rows), 1), Z_EMPTY))
-            return torch.autograd.grad(token_nll.sum() / batch, weight)
-
-        for step in range(steps):
-            rows = torch.arange(step * batch, (step + 1) * batch) % len(pairs.ids)
-            weight.grad, = sum_pieces(gradient, rows.tensor_split(max(4, parallel.processes)))
-            weight.grad[frozen] = 0  # Adam leaves alone what never had a gradient
-            optimizer.step()
-        weight.grad = None
-        with torch.no_grad():
-            slot = weight[Z_EMPTY]
-            weight[config.vocab_size - n_latents:] = slot + 0.1 * slot.std() * torch.randn(n_latents, config.n_embd)
-            if z_dim:
-                hidden, _, out = model.embed_z
-                nn.init.normal_(hidden.weight)  # z is N(0, I): hidden units bend all over its space
-                nn.init.normal_(hidden.bias)
-                nn.init.normal_(out.weight, std=0.1 * slot.std().item() / math.sqrt(out.in_features))
-        return model.requires_grad_(True)
+        return model
 
 
 def gaussian(raw):
@@ -248,7 +231,7 @@ def sample(model, prompts, generator, temperature=1.0, z=None):
     mask = (causal & real[:, None]) | torch.eye(longest, dtype=torch.bool, device=device)
     hidden = model.hidden_states(ids, positions, mask[:, None], caches, z)[-1][:, -1]
     for t in range(room):
-        logp = F.log_softmax(model.logits(hidden).float(), dim=-1)  # (B, V)
+        logp = F.log_softmax(model.logits(hidden), dim=-1)  # (B, V)
         if temperature == 0:
             token = logp.argmax(dim=-1)
         else:  # Gumbel-max: argmax of logits plus Gumbel noise is a sample of the softmax
@@ -282,7 +265,7 @@ def sample_in_batches(model, prompts, generator, temperature=1.0, z=None, batch=
                               None if z is None else z[rows])
         return list(zip(tokens.cpu(), logp.cpu()))
 
-    return [row for rows in map_pieces(run, starts, seeds) for row in rows]
+    return [row for rows in map_chunks(run, starts, seeds) for row in rows]
 
 
 def pad(rows):
@@ -303,18 +286,18 @@ class Pairs(NamedTuple):
         width = int((ids != PAD).sum(dim=1).max())
         return Pairs(ids[:, :width], self.starts[index], self.b[index][:, :width])
 
-    def by_length(self, n_pieces):
-        """Indices of the rows, in pieces of similar length, the longest first: little is spent on padding."""
+    def by_length(self, n_chunks):
+        """Indices of the rows, in chunks of similar length, the longest first: little is spent on padding."""
         order = (self.ids != PAD).sum(dim=1).argsort(descending=True)
-        return order.tensor_split(min(n_pieces, len(order)))
+        return order.tensor_split(min(n_chunks, len(order)))
 
 
-def in_pieces(f, pairs, *more, size=16):
-    """f(pairs, *more), a tensor with a row for every pair, computed without gradient in pieces of `size` side by side;
+def in_chunks(f, pairs, *more, size=16):
+    """f(pairs, *more), a tensor with a row for every pair, computed without gradient in chunks of `size` side by side;
     `more`: further tensors with a row for every pair."""
     order = pairs.by_length(math.ceil(len(pairs.ids) / size))
     f = torch.no_grad()(f)  # in the threads, which do not inherit it
-    parts = map_pieces(lambda rows: f(pairs.rows(rows), *(tensor[rows] for tensor in more)), order)
+    parts = map_chunks(lambda rows: f(pairs.rows(rows), *(tensor[rows] for tensor in more)), order)
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
@@ -334,7 +317,7 @@ def sample_pairs(base, prompts, generator):
 def y_nll(logits, ids, starts):
     """-log p of every token of the y region (y, </y>, <eos>), in nats; 0 elsewhere. logits (B, T, V), where entry t
     scores ids[:, t] (shifted by the caller); ids (B, T); starts (B,). Returns (B, T)."""
-    losses = F.cross_entropy(logits.transpose(1, 2).float(), ids, reduction="none")
+    losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
     t = torch.arange(ids.shape[1], device=ids.device)
     return losses * ((t >= starts[:, None]) & (ids != PAD))
 
@@ -355,28 +338,65 @@ def insert_latents(ids, starts, latents):
     return out
 
 
-def score_latents(model, ids, starts, latents=None):
+def score_latents(model, pairs, latents=None):
     """Scores every record under several latents in one pass: the generator and the router of the factorization.
 
-    ids (B, T) canonical records; starts (B,); latents (B, n) token ids, by default <z1> ... <zK> for every record, or
-    (B, n, D) vectors z. Returns token_nll (B, n, T): -log p_psi(y_t|x,z,y_<t), 0 outside y; logits (B, n, T, V) behind
-    them; router (B, V) or (B, 2 D): what GPT.route says at <z>.
+    pairs: Pairs of B; latents (B, n) token ids, by default <z1> ... <zK> for every record, or (B, n, D) vectors z.
+    Returns token_nll (B, n, T): -log p_psi(y_t|x,z,y_<t), 0 outside y; logits (B, n, T, V) behind them; router (B, V)
+    or (B, 2 D): what GPT.route says at <z>.
     """
-    B, T = ids.shape
+    (B, T), starts = pairs.ids.shape, pairs.starts
     K, V = model.config.n_latents, model.config.vocab_size
-    latents = torch.arange(V - K, V, device=ids.device).expand(B, K) if latents is None else latents
+    latents = torch.arange(V - K, V, device=pairs.ids.device).expand(B, K) if latents is None else latents
     n, z = latents.shape[1], None
     if latents.is_floating_point():
-        z, latents = latents.flatten(0, 1), torch.full((B, n), Z_EMPTY, device=ids.device)
-    hidden = model.hidden_states(insert_latents(ids, starts, latents).view(B * n, T + 3), z=z)[-1]
+        z, latents = latents.flatten(0, 1), torch.full((B, n), Z_EMPTY, device=pairs.ids.device)
+    hidden = model.hidden_states(insert_latents(pairs.ids, starts, latents).view(B * n, T + 3), z=z)[-1]
     # what stands at <z> is the same for every z, by causality
-    router = model.route(hidden.view(B, n, T + 3, -1)[torch.arange(B, device=ids.device), 0, starts - 1])
+    router = model.route(hidden.view(B, n, T + 3, -1)[torch.arange(B, device=starts.device), 0, starts - 1])
     logits = model.logits(hidden[:, 2:-1])  # entry t now scores ids[:, t], which stands at t + 3
-    nll = y_nll(logits, ids.repeat_interleave(n, dim=0), starts.repeat_interleave(n))
+    nll = y_nll(logits, pairs.ids.repeat_interleave(n, dim=0), starts.repeat_interleave(n))
     return nll.view(B, n, T), logits.view(B, n, T, V), router
 
 
 def log_likelihood(model, pairs, *z):
     """log p_psi(y|x,z) of every pair under every latent: Pairs of B -> (B, K), without gradient; or, given z (B, n, D),
     under the n vectors of each pair: (B, n)."""
-    return in_pieces(lambda piece, *z: -score_latents(model, piece.ids, piece.starts, *z)[0].sum(dim=2), pairs, *z)
+    return in_chunks(lambda chunk, *z: -score_latents(model, chunk, *z)[0].sum(dim=2), pairs, *z)
+
+
+def score_router(model, ids, starts):
+    """What GPT.route says after '<bos> <x> ... </x> <z>', (B, V) or (B, 2 D), without the generator; ids (B, T) begin
+    with a canonical prompt, starts (B,) is the index of the first token after its <y>."""
+    ids, rows = ids[:, :int(starts.max())].clone(), torch.arange(len(ids), device=ids.device)
+    ids[rows, starts - 1] = Z  # in the place of <y>; what stands behind it is not seen, by causality
+    return model.route(model.hidden_states(ids)[-1][rows, starts - 1])
+
+
+def fit_latent_section(model, pairs, steps, batch=32, lr=0.01):
+    """Fits the embeddings of '<z> <z_empty> </z>' so that samples `pairs` of the base stay as likely as without them.
+    Nothing else changes. Then every latent starts as <z_empty> with a little noise that tells them apart, or E(z) as
+    such a noise."""
+    weight = model.requires_grad_(False).embed.weight.requires_grad_(True)
+    optimizer = torch.optim.Adam([weight], lr)
+    frozen = torch.ones(len(weight), dtype=torch.bool).index_fill(0, torch.tensor([Z, Z_EMPTY, Z_END]), False)
+
+    def gradient(rows):
+        latents = torch.full((len(rows), 1), Z_EMPTY)
+        return torch.autograd.grad(score_latents(model, pairs.rows(rows), latents)[0].sum() / batch, weight)
+
+    for step in range(steps):
+        rows = torch.arange(step * batch, (step + 1) * batch) % len(pairs.ids)
+        weight.grad, = sum_chunks(gradient, rows.tensor_split(max(4, parallel.processes)))
+        weight.grad[frozen] = 0  # Adam leaves alone what never had a gradient
+        optimizer.step()
+    weight.grad = None
+    with torch.no_grad():
+        n_latents, slot = model.config.n_latents, weight[Z_EMPTY]
+        weight[len(weight) - n_latents:] = slot + 0.1 * slot.std() * torch.randn(n_latents, model.config.n_embd)
+        if model.config.z_dim:
+            hidden, _, out = model.embed_z
+            nn.init.normal_(hidden.weight)  # z is N(0, I): hidden units bend all over its space
+            nn.init.normal_(hidden.bias)
+            nn.init.normal_(out.weight, std=0.1 * slot.std().item() / math.sqrt(out.in_features))
+    return model.requires_grad_(True)

@@ -57,10 +57,6 @@ class Tokenizer:
         section = [] if z is None else [Z, z, Z_END]
         return [BOS, X, *self.encode(x), X_END, *section, Y]
 
-    def router_prompt(self, x):
-        """Ids of <bos> <x> ... </x> <z>, after which the router names a latent."""
-        return [BOS, X, *self.encode(x), X_END, Z]
-
     def solution(self, ids):
         """The tokens of a y that `ids` begin with: up to </y>, or all of them where it never ends."""
         return self.decode(ids[:ids.index(Y_END)] if Y_END in ids else [i for i in ids if i != PAD])
@@ -98,18 +94,20 @@ class Task:
         """True if no two strategies leave the same trace on x, so that attribution is never ambiguous."""
         return len({tuple(self.trace(x, s)) for s in self.strategies}) == len(self.strategies)
 
-    def is_test_input(self, x):
-        """About one input in ten, by a hash of x: the same split for every process, seed and order."""
-        return zlib.crc32(" ".join(x).encode()) % 10 == 0
+    def split(self, x):
+        """'test' for about one input in ten, 'validation' for one in twenty, else 'train', by a hash of x: the same for
+        every process, seed and order."""
+        place = zlib.crc32(" ".join(x).encode()) % 20
+        return "test" if place % 10 == 0 else "validation" if place == 1 else "train"
 
-    def sample_input(self, rng, test=None):
-        """Draws x with random.Random `rng`; test=True or False keeps only that side of the split. Raises ValueError
-        where the task's sizes leave no input on which all strategies differ."""
+    def sample_input(self, rng, split=None):
+        """Draws x with random.Random `rng`, of one split or (None) of all. Raises ValueError where the task's sizes
+        leave no input on which all strategies differ."""
         for _ in range(100_000):  # a small share of the draws may do, of large grids with small distances, say
             x = self.draw(rng)
-            if x and test in (None, self.is_test_input(x)) and self.is_valid_input(x):
+            if x and split in (None, self.split(x)) and self.is_valid_input(x):
                 return x
-        raise ValueError(f"{self.name} of these sizes has no input on which all strategies differ")
+        raise ValueError(f"{self.name} of these sizes has no {split or ''} input on which all strategies differ")
 
     def parse(self, y):
         """Splits y into steps and answer, or says in `reason` why it cannot."""
@@ -151,6 +149,15 @@ def read_numbers(tokens, separators):
     return [int(p) for p in parts]
 
 
+def addition(a, b):
+    return [*number(a), "+", *number(b), "=", *number(a + b)]
+
+
+def on_numbers(f, *separators):
+    """f of numbers, as a function of the tokens that they stand in."""
+    return lambda x: f(*read_numbers(x, separators))
+
+
 # -----------------------------------------------------------------------------------------------------------------
 def list_summation(min_len=4, max_len=5, max_value=9):
     """x = 3 5 2 7
@@ -165,13 +172,10 @@ def list_summation(min_len=4, max_len=5, max_value=9):
         if not min_len <= len(x) <= max_len or any(t not in DIGITS or not 1 <= int(t) <= max_value for t in x):
             return f"expected {min_len} to {max_len} digits between 1 and {max_value}"
 
-    def add(a, b):
-        return [*number(a), "+", *number(b), "=", *number(a + b)]
-
     def running(values):
         steps, total = [], values[0]
         for value in values[1:]:
-            steps.append(add(total, value))
+            steps.append(addition(total, value))
             total += value
         return steps
 
@@ -179,7 +183,7 @@ def list_summation(min_len=4, max_len=5, max_value=9):
         steps = []
         while len(values) > 1:
             pairs = list(zip(values[::2], values[1::2]))
-            steps += [add(a, b) for a, b in pairs]
+            steps += [addition(a, b) for a, b in pairs]
             values = [a + b for a, b in pairs] + (values[-1:] if len(values) % 2 else [])
         return steps
 
@@ -191,6 +195,57 @@ def list_summation(min_len=4, max_len=5, max_value=9):
 
 
 # -----------------------------------------------------------------------------------------------------------------
+# Each algorithm sorts a list in place, and yields after every step.
+def swap(a, i, j):
+    a[i], a[j] = a[j], a[i]
+
+
+def bubble_sort(a):
+    for end in range(len(a) - 1, 0, -1):
+        for i in range(end):
+            if a[i] > a[i + 1]:
+                swap(a, i, i + 1)
+                yield
+
+
+def selection_sort(a):
+    for i in range(len(a) - 1):
+        swap(a, i, a.index(min(a[i:])))
+        yield
+
+
+def insertion_sort(a):
+    for i in range(len(a)):
+        a[:i + 1] = sorted(a[:i + 1])
+        yield
+
+
+def merge_sort(a):
+    width = 1
+    while width < len(a):
+        for i in range(0, len(a), 2 * width):
+            a[i:i + 2 * width] = sorted(a[i:i + 2 * width])  # both runs are sorted: this is their merge
+            yield
+        width *= 2
+
+
+def heap_sort(a):
+    """Williams 1964: grow a max-heap in a[:end], one element at a time, then take its top away."""
+    for i in range(1, len(a)):
+        while i and a[i] > a[(i - 1) // 2]:  # up, until its parent is larger
+            swap(a, i, (i - 1) // 2)
+            yield
+            i = (i - 1) // 2
+    for end in range(len(a) - 1, 0, -1):
+        swap(a, 0, end)
+        yield
+        i, children = 0, range(1, min(3, end))
+        while children and a[i] < a[child := max(children, key=a.__getitem__)]:  # down, until its children are smaller
+            swap(a, i, child)
+            yield
+            i, children = child, range(2 * child + 1, min(2 * child + 3, end))
+
+
 def sorting_algorithms(min_len=4, max_len=6, max_value=9):
     """x = 4 2 3 1; each step is the whole list after a change
     bubble-sort     2 4 3 1 ; 2 3 4 1 ; 2 3 1 4 ; 2 1 3 4 ; 1 2 3 4 ; ans 1 2 3 4          (adjacent swaps)
@@ -211,75 +266,19 @@ def sorting_algorithms(min_len=4, max_len=6, max_value=9):
         if not min_len <= len(x) <= max_len or len(set(x)) < len(x) or any(t not in vocab[:max_value + 1] for t in x):
             return f"expected {min_len} to {max_len} different numbers between 0 and {max_value}"
 
-    def changes(states):  # the states of the list, without those that equal the one before
-        return [after for before, after in zip(states, states[1:]) if after != before]
-
-    def swapped(a, i, j):
-        a = list(a)
-        a[i], a[j] = a[j], a[i]
-        return a
-
-    def bubble(a):
-        states = [a]
-        for end in range(len(a) - 1, 0, -1):
-            for i in range(end):
-                if a[i] > a[i + 1]:
-                    a = swapped(a, i, i + 1)
-                    states.append(a)
-        return changes(states)
-
-    def selection(a):
-        states = [a]
-        for i in range(len(a) - 1):
-            a = swapped(a, i, a.index(min(a[i:])))
-            states.append(a)
-        return changes(states)
-
-    def insertion(a):
-        return changes([sorted(a[:i]) + a[i:] for i in range(len(a) + 1)])
-
-    def merge(a):
-        states, width = [a], 1
-        while width < len(a):
-            for i in range(0, len(a), 2 * width):
-                a = a[:i] + sorted(a[i:i + 2 * width]) + a[i + 2 * width:]  # both runs are sorted: this is their merge
-                states.append(a)
-            width *= 2
-        return changes(states)
-
-    def heap(a):  # Williams 1964: grow a max-heap in a[:end], one element at a time, then take its top away
-        states = [a]
-
-        def sift_up(i):  # until its parent is larger, one swap at a time
-            while i and states[-1][i] > states[-1][(i - 1) // 2]:
-                states.append(swapped(states[-1], i, (i - 1) // 2))
-                i = (i - 1) // 2
-
-        def sift_down(end):  # the top, until both children are smaller
-            root = 0
-            while 2 * root + 1 < end:
-                child = max(range(2 * root + 1, min(2 * root + 3, end)), key=lambda i: states[-1][i])
-                if states[-1][root] >= states[-1][child]:
-                    return
-                states.append(swapped(states[-1], root, child))
-                root = child
-
-        for i in range(1, len(a)):
-            sift_up(i)
-        for end in range(len(a) - 1, 0, -1):
-            states.append(swapped(states[-1], 0, end))
-            sift_down(end)
-        return changes(states)
-
-    def on_numbers(sort):
-        return lambda x: [[str(v) for v in state] for state in sort([int(t) for t in x])]
+    def changes(sort):  # x -> the list after every step that changed it
+        def steps(x):
+            a = [int(t) for t in x]
+            states = [list(x), *([str(v) for v in a] for _ in sort(a))]
+            return [after for before, after in zip(states, states[1:]) if after != before]
+        return steps
 
     vocab = (*map(str, range(max_value + 1)), ";", "ans")
     task = Task("sorting_algorithms", vocab, draw, check,
                 answer=lambda x: sorted(x, key=int),
-                steps={"bubble-sort": on_numbers(bubble), "selection-sort": on_numbers(selection),
-                       "insertion-sort": on_numbers(insertion), "merge-sort": on_numbers(merge),
-                       "heap-sort": on_numbers(heap)})
+                steps={"bubble-sort": changes(bubble_sort), "selection-sort": changes(selection_sort),
+                       "insertion-sort": changes(insertion_sort), "merge-sort": changes(merge_sort),
+                       "heap-sort": changes(heap_sort)})
     return task
 
 
@@ -412,13 +411,11 @@ def base_conversion(min_value=16, max_value=511):
             n = rest
         return steps
 
-    def on_numbers(strategy):
-        return lambda x: strategy(*read_numbers(x, ["base"]))
-
     return Task("base_conversion", (*digit, "base", "r", "/", "*", "+", "=", ";", "ans"), draw, check,
-                answer=on_numbers(digits),
-                steps={"repeated-division": on_numbers(repeated_division), "via-binary": on_numbers(via_binary),
-                       "decomposition": on_numbers(decomposition)})
+                answer=on_numbers(digits, "base"),
+                steps={"repeated-division": on_numbers(repeated_division, "base"),
+                       "via-binary": on_numbers(via_binary, "base"),
+                       "decomposition": on_numbers(decomposition, "base")})
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -438,9 +435,6 @@ def multidigit_addition(min_digits=1, max_digits=2):
                 or not all(min_digits <= len(str(n)) <= max_digits for n in numbers)):
             return f"expected 'a + b', each above 0, of {min_digits} to {max_digits} digits, and one of 2 or more"
 
-    def add(a, b):
-        return [*number(a), "+", *number(b), "=", *number(a + b)]
-
     def right_to_left_carry(a, b):
         steps, carry = [], 0
         for place in range(max(len(str(a)), len(str(b)))):
@@ -454,25 +448,22 @@ def multidigit_addition(min_digits=1, max_digits=2):
         steps, total = [], None
         for place in reversed(range(max(len(str(a)), len(str(b))))):
             da, db = (n // 10 ** place % 10 * 10 ** place for n in (a, b))
-            steps.append(add(da, db))
+            steps.append(addition(da, db))
             if total is not None:
-                steps.append(add(total, da + db))
+                steps.append(addition(total, da + db))
             total = (total or 0) + da + db
         return steps
 
     def rounding_decomposition(a, b):
         excess = -b % 10
         subtract = [*number(a + b + excess), "-", *number(excess), "=", *number(a + b)]
-        return [add(b, excess), add(a, b + excess), subtract]
-
-    def on_numbers(strategy):
-        return lambda x: strategy(*read_numbers(x, ["+"]))
+        return [addition(b, excess), addition(a, b + excess), subtract]
 
     return Task("multidigit_addition", (*DIGITS, "+", "-", "=", "carry", ";", "ans"), draw, check,
                 answer=lambda x: number(sum(read_numbers(x, ["+"]))),
-                steps={"right-to-left-carry": on_numbers(right_to_left_carry),
-                       "left-to-right-partials": on_numbers(left_to_right_partials),
-                       "rounding-decomposition": on_numbers(rounding_decomposition)})
+                steps={"right-to-left-carry": on_numbers(right_to_left_carry, "+"),
+                       "left-to-right-partials": on_numbers(left_to_right_partials, "+"),
+                       "rounding-decomposition": on_numbers(rounding_decomposition, "+")})
 
 
 # every task by name, as a function of its sizes, and at its default sizes

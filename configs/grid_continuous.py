@@ -1,5 +1,3 @@
 # python factorize.py configs/grid_continuous.py
 base = "configs/grid_base.py"
 z_dim = 4
-held_steps = 600
-router_marginal_kl_weight = 1.0

@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node=2 factorize.py configs/sorting_discrete.py --threads=1
 
-A batch is cut into pieces. Of n processes, each takes every n-th piece, and its threads work through them side by
-side; then all processes share what they found. So every process holds the same weights and the same numbers of the
-whole batch: labels and losses that are statements about a batch never see a part of it. Process 0 alone writes.
+A batch is cut into chunks. Each of n processes takes every n-th chunk, and its threads work on them side by side. Then
+all processes exchange their results, so that every process holds the same weights and the same values of the whole
+batch. Process 0 alone writes files.
 """
 import contextlib
 import io
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
-from configs import fail
+from harness.config import fail
 
 rank, processes = 0, 1  # which process this is, of how many
 threads = ThreadPoolExecutor(1)
@@ -38,7 +38,7 @@ def start(n_threads, device="cpu", precision="float32"):
     place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
 
     def set_up_thread():
-        torch.set_num_threads(1)  # matrices as small as these gain more from a core per piece than from several on each
+        torch.set_num_threads(1)  # matrices as small as these gain more from a core per chunk than from several on each
         if kind != "cpu":  # every tensor that is made stands on the device; a default is that of one thread
             torch.set_default_device(place)
         if kind == "cuda":
@@ -59,7 +59,7 @@ def leave():
     if "WORLD_SIZE" in os.environ and dist.is_initialized():  # by torchrun, also where it started one process
         barrier()
         dist.destroy_process_group()
-        del os.environ["WORLD_SIZE"]  # what starts again, starts alone
+        del os.environ["WORLD_SIZE"]  # a later start() in this process must not join again
         processes = 1
     return rank == 0
 
@@ -76,18 +76,18 @@ def autocast():
     return torch.autocast(kind, torch.bfloat16)
 
 
-def in_threads(f, *pieces):
-    """list(map(f, *pieces)), the calls side by side."""
-    return list(threads.map(f, *pieces))
+def in_threads(f, *chunks):
+    """list(map(f, *chunks)), the calls side by side."""
+    return list(threads.map(f, *chunks))
 
 
-def mine(pieces):
-    """This process's share of the pieces."""
-    return pieces[rank::processes]
+def mine(chunks):
+    """This process's share of the chunks."""
+    return chunks[rank::processes]
 
 
 def gather(found):
-    """What was found for all pieces, in their order, from what every process found for its own."""
+    """What was found for all chunks, in their order, from what every process found for its own."""
     if processes == 1:
         return found
     buffer, everyone = io.BytesIO(), [None] * processes
@@ -98,24 +98,19 @@ def gather(found):
     return [everyone[i % processes][i // processes] for i in range(sum(map(len, everyone)))]
 
 
-def map_pieces(f, *pieces):
-    """list(map(f, *pieces)), shared out among processes and threads. Results carry no gradient."""
-    return gather(in_threads(f, *map(mine, pieces)))
+def map_chunks(f, *chunks):
+    """list(map(f, *chunks)), shared out among processes and threads. Results carry no gradient."""
+    return gather(in_threads(f, *map(mine, chunks)))
 
 
-def sum_pieces(f, *pieces):
-    """The sums of f's results, tuples of tensors, over all pieces; shared out among processes and threads."""
-    return sum_in_threads(f, *map(mine, pieces))
-
-
-def sum_in_threads(f, *pieces):
-    """The same, where `pieces` are those of this process alone."""
-    return add_up(threads.map(f, *pieces))
+def sum_chunks(f, chunks):
+    """The sums of f's results, tuples of tensors, over all chunks; shared out among processes and threads."""
+    return add_up(threads.map(f, mine(chunks)))
 
 
 def add_up(parts):
-    """parts: for each piece of this process a tuple of tensors, or None in the place of one; taken as they come, none
-    is kept. Their sums over the pieces of all processes, in double precision: so the order, which the number of
+    """parts: for each chunk of this process a tuple of tensors, or None in the place of one; taken as they come, none
+    is kept. Their sums over the chunks of all processes, in double precision: so the order, which the number of
     processes changes, changes no result."""
     wide = torch.float32 if kind == "mps" else torch.float64  # which mps has not
     totals = None
@@ -129,7 +124,7 @@ def add_up(parts):
                     total += tensor
         del part
     if totals is None:
-        fail(f"a batch falls into fewer pieces than there are processes ({processes}): raise batch_size")
+        fail(f"a batch falls into fewer chunks than there are processes ({processes}): raise batch_size")
     for total in totals:
         if total is not None and processes > 1:
             dist.all_reduce(total)

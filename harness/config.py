@@ -1,6 +1,8 @@
 """Reads a config: a dataclass's defaults, then a Python file of plain assignments, then --key=value flags.
 
-A user's mistake ends the program with one line and exit code 1; there is nothing to catch and no traceback to read.
+The dataclass is the schema. The type of a field says which values it takes: int and float take no negative number,
+`Count` is at least 1, `at_least(2)` and `between(0.1, 0.9)` say their limits, `Weight` takes any sign, and a Literal
+takes what it lists. A user's mistake ends the program with one line and exit code 1, without a traceback.
 """
 import ast
 import dataclasses
@@ -9,6 +11,23 @@ import inspect
 import os
 import runpy
 import sys
+import types
+from typing import Annotated, Literal, get_args, get_origin
+
+
+LARGEST = 1e12  # beyond it, nothing that a key means is left
+
+
+def between(least, most, kind=float):
+    return Annotated[kind, least, most]
+
+
+def at_least(least, kind=int):
+    return between(least, LARGEST, kind)
+
+
+Count = at_least(1)
+Weight = between(-LARGEST, LARGEST)
 
 
 def fail(message):
@@ -23,10 +42,15 @@ def check_key(key, names):
         fail(f"unknown config key '{key}'{hint}")
 
 
-def check_type(key, value, kind):
-    """Returns value as `kind` (a type, or a union such as `list | None`); only an int widens to float. Numbers, also
-    those in a list, are finite, and only weights of a loss may be negative."""
-    kinds = getattr(kind, "__args__", (kind,))
+def check_value(key, value, kind):
+    """Returns value as `kind`, the type of a field; only an int widens to float. Numbers, also those in a list, are
+    finite and within the limits of the type."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            fail(f"config key '{key}' is {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
+        return value
+    kind, least, most = get_args(kind) if get_origin(kind) is Annotated else (kind, 0, LARGEST)
+    kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
     if float in kinds and type(value) is int:
         value = float(value)
     if type(value) not in kinds:
@@ -34,8 +58,9 @@ def check_type(key, value, kind):
     for number in value if type(value) is list else [value]:
         if type(value) is list and type(number) not in (int, float):
             fail(f"config key '{key}' is a list of numbers, got {value!r}")
-        if type(number) in (int, float) and not (abs(number) < 1e12 and (number >= 0 or key.endswith("_weight"))):
-            fail(f"config key '{key}' takes no negative number, and none of 10^12 or more, got {value!r}")
+        if type(number) in (int, float) and not least <= number <= most:
+            limit = f"at most {most:g}" if number > most else f"at least {least:g}"
+            fail(f"config key '{key}' must be {limit}, got {value!r}")
     return value
 
 
@@ -45,11 +70,26 @@ def usage(script):
     return f"{script.__doc__}\nconfig keys, with their defaults:\n{fields}"
 
 
+def assignments(path):
+    """What a config file assigns, key -> value; imported modules and names with a leading _ are its own business."""
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        there = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
+        close = difflib.get_close_matches(path, there, n=1)
+        fail(f"config file '{path}' does not exist" + (f", did you mean '{close[0]}'?" if close else ""))
+    try:
+        assigned = runpy.run_path(path)
+    except Exception as e:
+        fail(f"config file '{path}' cannot be run: {type(e).__name__}: {e}")
+    return {key: value for key, value in assigned.items()
+            if not key.startswith("_") and not isinstance(value, types.ModuleType)}
+
+
 def load(script, argv):
     """script: the module whose Config dataclass is the schema; argv: [path of a config file, '--key=value', ...].
 
     Returns a Config; its `name` is the file's name without .py, unless set. Exits with one line on a missing or broken
-    file, an unknown key (with the nearest known one), or a value of the wrong type.
+    file, an unknown key (with the nearest known one), or a value that the key does not take.
     """
     if "--help" in argv or "-h" in argv or not argv:
         print(usage(script))
@@ -57,18 +97,9 @@ def load(script, argv):
     path, *flags = argv
     if path.startswith("--"):
         fail(f"the first argument is a config file, such as configs/sorting_discrete.py; got '{path}'")
-    if not os.path.isfile(path):
-        folder = os.path.dirname(path) or "."
-        there = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
-        close = difflib.get_close_matches(path, there, n=1)
-        fail(f"config file '{path}' does not exist" + (f", did you mean '{close[0]}'?" if close else ""))
     kinds = {f.name: f.type for f in dataclasses.fields(script.Config)}
     values = {"name": os.path.splitext(os.path.basename(path))[0]}
-    try:
-        assigned = runpy.run_path(path)
-    except Exception as e:
-        fail(f"config file '{path}' cannot be run: {type(e).__name__}: {e}")
-    assigned = {key: value for key, value in assigned.items() if not key.startswith("_")}
+    assigned = assignments(path)
     for flag in flags:
         key, equals, text = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or not equals:
@@ -81,7 +112,7 @@ def load(script, argv):
             assigned[key] = text
     for key, value in assigned.items():
         check_key(key, list(kinds))
-        values[key] = check_type(key, value, kinds[key])
+        values[key] = check_value(key, value, kinds[key])
     if values["name"] != os.path.basename(values["name"]) or values["name"] in ("", ".", ".."):
         fail(f"config key 'name' names a folder in out/, got '{values['name']}'")
     for field in dataclasses.fields(script.Config):

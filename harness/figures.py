@@ -1,13 +1,9 @@
-"""The figures of a run, one function each; evaluate.py draws them."""
+"""The figures of a run, one function each, from arrays that evaluate.py hands over."""
 import math
 import textwrap
 
 import torch
 import torch.nn.functional as F
-
-from parallel import seeded
-from posterior import one_to_one_matching
-from train_base import sample_ys
 
 
 def new_figure(width, height, columns=1, **layout):
@@ -16,11 +12,12 @@ def new_figure(width, height, columns=1, **layout):
     return figure, figure.subplots(1, columns, **layout)
 
 
-def draw_matching(C, strategies, path):
-    """Heat map of C[z, s], the share of test inputs on which forced z gives strategy s; the matching is framed."""
+def draw_matching(C, matching, strategies, path):
+    """Heat map of C[z, s], the share of test inputs on which forced z gives strategy s; matching[z], a strategy or
+    None, is framed."""
     figure, axis = new_figure(1.6 + 1.1 * len(strategies), 1.6 + 0.6 * len(C))
     axis.imshow(C.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    for k, match in enumerate(one_to_one_matching(C)[1]):
+    for k, match in enumerate(matching):
         for s in range(len(strategies)):
             axis.text(s, k, f"{C[k, s]:.2f}", ha="center", va="center", color="white" if C[k, s] > 0.6 else "black")
         if match is not None:
@@ -89,21 +86,16 @@ def draw_centroids(means, labels, z, found, strategies, path):
     figure.savefig(path, dpi=120)
 
 
-def draw_maps(model, task, tokenizer, xs, path, points=25):
-    """The plane of a z of two dimensions, coloured by the strategy of y, the likeliest token at a time, for every x:
-    stable semantics is the same map for every x."""
+def draw_maps(maps, titles, strategies, path):
+    """The plane of a z of two dimensions, from -3 to 3, coloured by strategy, a map for every x: maps are (n, n)
+    indices, len(strategies) for none. Stable semantics is the same map for every x."""
     from matplotlib.colors import ListedColormap
-    side = torch.linspace(-3, 3, points)
-    z = torch.cartesian_prod(side, side)
-    figure, axes = new_figure(3 * len(xs), 3.2, len(xs))
-    for axis, x in zip(axes, xs):
-        ys = sample_ys(model, tokenizer, len(z) * [tokenizer.prompt(x, continuous=True)], seeded(0), 0, z)
-        found = [task.attribute(x, y) for y in ys]
-        cells = torch.tensor([task.strategies.index(s) if s else len(task.strategies) for s in found])
-        colours = [f"C{s}" for s in range(len(task.strategies))] + ["black"]
-        axis.imshow(cells.view(points, points).T.cpu().numpy(), origin="lower", extent=(-3, 3, -3, 3), vmin=0,
-                    vmax=len(task.strategies), cmap=ListedColormap(colours))
-        axis.set_title(" ".join(x), fontsize=9)
+    figure, axes = new_figure(3 * len(maps), 3.2, len(maps), squeeze=False)
+    colours = [f"C{s}" for s in range(len(strategies))] + ["black"]
+    for axis, strategy, title in zip(axes[0], maps, titles):
+        axis.imshow(strategy.T.cpu().numpy(), origin="lower", extent=(-3, 3, -3, 3), vmin=0, vmax=len(strategies),
+                    cmap=ListedColormap(colours))
+        axis.set_title(title, fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -113,15 +105,16 @@ def draw_training(log, path):
     steps = [e["step"] for e in log]
     axes[0].plot(steps, [e["normalized_reconstruction"] for e in log], label="R / c_base")
     axes[0].plot(steps, [e["kl"] for e in log], label="KL(q || p), nats")
-    names = [key for key in log[0] if key.startswith("loss_fraction_") and any(e[key] > 0 for e in log)]
-    axes[1].stackplot(steps, [[e[key] for e in log] for key in names],
+    keys = dict.fromkeys(key for e in log for key in e if key.startswith("loss_fraction_"))
+    names = [key for key in keys if any(e.get(key, 0) > 0 for e in log)]  # a term may play no part in a stage
+    axes[1].stackplot(steps, [[e.get(key, 0) for e in log] for key in names],
                       labels=[key.removeprefix("loss_fraction_").replace("_", " ") for key in names])
     axes[1].set_title("share of the objective", fontsize=10)
-    looks = [e for e in log if "local_strategy_coverage_mean" in e]
+    evaluated = [e for e in log if "local_strategy_coverage_mean" in e]
     for key, label in (("alignment_one_to_one", "alignment"), ("local_strategy_coverage_mean", "local coverage"),
                        ("posterior_mu_probe_accuracy", "probe, posterior mean"),
                        ("sampled_z_probe_accuracy", "probe, sampled z"), ("centroid_distance", "centroid distance")):
-        found = [(e["step"], e[key]) for e in looks if key in e]
+        found = [(e["step"], e[key]) for e in evaluated if key in e]
         if found:
             axes[2].plot(*zip(*found), marker=".", label=label)
     axes[2].set_ylim(bottom=0)
@@ -143,19 +136,18 @@ def draw_shares(shares, base_shares, strategies, path):
     figure.savefig(path, dpi=120)
 
 
-def draw_dynamics(looks, strategies, path):
-    """Entries of the log at which alignment was looked at: alignment, coverage and their gap at each, and C[z, s]
-    at five of them, the first and the last included: the share of training inputs on which forced z gave strategy s.
-    Latents are ordered so that the last map is a diagonal where each means one strategy."""
-    n = min(5, len(looks))
-    mapped = [looks[i * (len(looks) - 1) // max(n - 1, 1)] for i in range(n)]
-    K, S = len(mapped[-1]["strategy_by_latent"]), len(strategies)
-    matching = one_to_one_matching(torch.tensor(mapped[-1]["strategy_by_latent"]))[1]
+def draw_dynamics(entries, matching, strategies, path):
+    """Entries of the log with an evaluation: alignment, coverage and their gap at each. At five of them, the first and
+    the last included, C[z, s]: the share of validation inputs on which forced z gave strategy s. Latents are ordered
+    by matching[z], the strategy of each in the end, or None."""
+    n = min(5, len(entries))
+    mapped = [entries[i * (len(entries) - 1) // max(n - 1, 1)] for i in range(n)]
+    K, S = len(matching), len(strategies)
     order = sorted(range(K), key=lambda k: S if matching[k] is None else matching[k])  # latents left over come last
     figure, (curves, *maps) = new_figure(4 + 1.9 * n, 3, 1 + n, width_ratios=[2, *n * [1]])
     for key, label in (("local_strategy_coverage_mean", "coverage"), ("alignment_one_to_one", "alignment"),
                        ("permutation_gap", "permutation gap")):
-        curves.plot([entry["step"] for entry in looks], [entry[key] for entry in looks], marker=".", label=label)
+        curves.plot([entry["step"] for entry in entries], [entry[key] for entry in entries], marker=".", label=label)
     curves.set_ylim(-0.03, 1.05)
     curves.set_xlabel("step")
     curves.legend(fontsize=8, loc="center right")
@@ -165,40 +157,17 @@ def draw_dynamics(looks, strategies, path):
         axis.set_xticks(range(S), strategies, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(K), [f"<z{k + 1}>" for k in order] if axis is maps[0] else K * [""], fontsize=8)
         axis.set_title(f"step {entry['step']}", fontsize=10)
-    figure.suptitle("how z came to mean a strategy: share of training inputs on which forced z gives it", fontsize=10)
+    figure.suptitle("how z came to mean a strategy: share of validation inputs on which forced z gives it", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
-def draw_decodability(positions, accuracy, chance, path):
-    """Accuracy (L + 1, n) of a linear probe of the strategy from the base's hidden states at n positions after <y>, a
-    line for the embedding and for every layer, and chance (n,)."""
-    figure, axis = new_figure(6.4, 3.6)
-    axis.plot(positions, chance.tolist(), color="black", linestyle="--", label="chance")
-    for layer, line in enumerate(accuracy.tolist()):
-        axis.plot(positions, line, marker=".", color=f"C{layer}", label=f"layer {layer}" if layer else "embedding")
-    axis.set_ylim(0, 1.03)
-    axis.set_xlabel("tokens of y that the base has read")
-    axis.set_title("when does the base decide? probe of the strategy, other inputs", fontsize=10)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def trace_lines(y):
-    """A solution y as lines of text, a step each."""
-    lines = " ".join(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")
-    return [line.strip(" ;") for line in lines]
-
-
-def draw_traces(base, model, task, tokenizer, x, seed, path):
-    """The idea in one picture: for one x, K independent samples of the base beside one sample under each of z1 ... zK,
-    at temperature 1 all of them, headed and coloured by the strategy that they follow."""
-    K, generator = model.config.n_latents, seeded(seed)
-    ys = sample_ys(base, tokenizer, K * [tokenizer.prompt(x)], generator)
-    ys += sample_ys(model, tokenizer, [tokenizer.prompt(x, k) for k in range(K)], generator)
-    names = [task.attribute(x, y) or "no strategy" for y in ys]
-    columns = [[part for line in trace_lines(y) for part in textwrap.wrap(line, 30)] for y in ys]
+def draw_traces(x, of_base, of_latents, strategies, path):
+    """The idea in one picture: for one x, independent samples of the base beside one sample under each of z1 ... zK.
+    of_base, of_latents: for every sample its strategy, by which it is coloured, and its lines of text."""
+    samples, K = of_base + of_latents, len(of_base)
+    columns = [[part for line in lines for part in textwrap.wrap(line, 30)] for _, lines in samples]
     # places are in characters and lines of a monospaced font, from the top left corner
-    widths = [max(14, *map(len, (*column, name))) + 2 for column, name in zip(columns, names)]
+    widths = [max(14, *map(len, (*column, name))) + 2 for column, (name, _) in zip(columns, samples)]
     total, bottom = sum(widths) + 2 * K + 8, max(map(len, columns)) + 7.5
     figure, axis = new_figure(0.084 * total, 0.18 * bottom)
     axis.set_position([0, 0, 1, 1])
@@ -209,12 +178,12 @@ def draw_traces(base, model, task, tokenizer, x, seed, path):
         axis.text(left, row, text, va="center", **{"family": "monospace", "fontsize": 10, **style})
 
     left = 2
-    for i, (column, name, width) in enumerate(zip(columns, names, widths)):
+    for i, (column, (name, _), width) in enumerate(zip(columns, samples, widths)):
         left += 4 * (i == K)
         if i in (0, K):
             title = ("the base: whichever comes up", "the factorization: z decides")[i == K]
             write(left, 2.7, title, family="sans-serif", fontsize=12, weight="bold")
-        colour = f"C{task.strategies.index(name)}" if name in task.strategies else "gray"
+        colour = f"C{strategies.index(name)}" if name in strategies else "gray"
         axis.fill_between([left, left + width], 4, bottom, color=colour, alpha=0.13, linewidth=0)
         axis.fill_between([left, left + width], 4, 6.4, color=colour, linewidth=0)
         for row, text in enumerate((f"sample {i + 1}" if i < K else f"<z{i - K + 1}>", name)):
@@ -222,5 +191,5 @@ def draw_traces(base, model, task, tokenizer, x, seed, path):
         for row, text in enumerate(column):
             write(left + 1, row + 7.1, text)
         left += width + 1
-    write(2, 1, f"x = {' '.join(x)}")
+    write(2, 1, f"x = {x}")
     figure.savefig(path, dpi=150)

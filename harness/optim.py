@@ -1,0 +1,32 @@
+"""Optimizers and the learning rate of both training loops."""
+import torch
+
+from harness import parallel
+
+
+def make_optimizers(model, cfg):
+    """Muon [Jordan et al. 2024] for the matrices inside the blocks, AdamW for everything else, or AdamW for all. Each
+    matrix has a Muon of its own, so that they can take their steps side by side."""
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.requires_grad]
+    others = [p for name, p in model.named_parameters() if not name.startswith("blocks.") and p.requires_grad]
+    adamw = {"lr": cfg.adamw_lr, "betas": (0.9, 0.95), "weight_decay": cfg.weight_decay,
+             "fused": parallel.kind == "cuda"}
+    if cfg.optimizer == "adamw":
+        return [torch.optim.AdamW(matrices + others, **adamw)]
+    return [*(torch.optim.Muon([matrix], cfg.lr, weight_decay=cfg.weight_decay) for matrix in matrices),
+            torch.optim.AdamW(others, **adamw)]
+
+
+def set_learning_rates(optimizers, step, cfg):
+    """Linear warm-up, under a linear decay to 0 over all steps; every group has a peak of its own."""
+    fraction = min((step + 1) / cfg.warmup if cfg.warmup else 1.0, 1.0) * (1 - step / cfg.steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("peak_lr", group["lr"]) * fraction
+
+
+def update(optimizers, parameters, gradients):
+    """One step of every optimizer. A parameter without a gradient (None) stays as it is."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    parallel.in_threads(lambda optimizer: optimizer.step(), optimizers)

@@ -1,0 +1,230 @@
+"""The folder of a run: its log, the state to go on from, its checkpoint and its results.
+
+    python factorize.py configs/sorting_discrete.py --resume=True
+
+A file is replaced only by one that is complete and safe on disk. A signal ends a run after its next step, with all that
+it needs to go on; a crash loses the steps since the last saved state.
+"""
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from harness import parallel
+from harness.config import fail
+
+VERSIONS = {"base": 2, "factorization": 4, "state": 3}  # of what a checkpoint of each kind holds; no other is read
+
+
+class Run:
+    """The run of a config in out/<name>, as a context: `with Run(cfg) as run:` refuses a folder that holds another run,
+    unless cfg says to go on with it or to start again, and listens for signals until the end.
+
+        run.state        what an interrupted run saved, or None: the run begins at step 0
+        run.begin()      makes the folder, or takes it back to the saved state
+        run.log(entry)   adds a line to log.jsonl
+        run.end_of_step(step, content)    saves content(), if it is time to, and stops if a signal asked for it
+        run.finish(checkpoint)            writes ckpt.pt
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.folder, self.signals = cfg, os.path.join("out", cfg.name), []
+        self.state_path = self.path("state.pt")
+        self.made_with = provenance()  # now: another commit may be checked out when the run is evaluated
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def __enter__(self):
+        self.state = self.find_state()
+        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        if isinstance(error, OSError):  # the log, on a full disk
+            fail(f"{self.cfg.name}: {error}; the last saved state is as it was")
+        if kind is None and self.signals:  # during the last step
+            sys.exit(128 + self.signals[0])
+
+    def note(self, number, frame):
+        """A first signal is noted, so that the step can be finished; a second one ends the program at once."""
+        if self.signals and parallel.processes == 1:  # torchrun repeats a signal at once
+            sys.exit(128 + number)
+        self.signals.append(number)
+        os.write(2, b"stopping after the next step; once more: at once\n")
+
+    def find_state(self):
+        if self.cfg.resume and os.path.exists(self.state_path):
+            state = load_checkpoint(self.state_path, "state")
+            for key, value in dataclasses.asdict(self.cfg).items():
+                if key not in ("threads", "save_every", "resume", "overwrite") and value != state["config"].get(key):
+                    fail(f"'{self.folder}' was begun with {key} = {state['config'].get(key)!r}, but goes on with "
+                         f"{value!r}; --overwrite=True starts again")
+            return state
+        if self.cfg.resume and not self.cfg.overwrite and os.path.exists(self.path("ckpt.pt")):
+            fail(f"'{self.folder}' holds a finished run and no saved state to go on from: python evaluate.py "
+                 f"{self.folder} evaluates a factorization, --overwrite=True starts again")
+        if os.path.exists(self.path("log.jsonl")) and not self.cfg.resume and not self.cfg.overwrite:
+            fail(f"'{self.folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
+
+    def begin(self):
+        self.started = time.time() - 60 * (self.state["minutes"] if self.state else 0)
+        parallel.barrier()  # until every process has seen what was there
+        if parallel.rank:
+            self.log_file = open(os.devnull, "a")
+            return
+        os.makedirs(self.folder, exist_ok=True)
+        if not self.state and os.path.exists(self.state_path):  # of the run that is overwritten
+            os.remove(self.state_path)
+        lines = []
+        if self.state:
+            with open(self.path("log.jsonl")) as f:
+                lines = f.readlines()[:self.state["log_lines"]]
+        write(self.path("log.jsonl"), lambda f: f.write("".join(lines).encode()))
+        write_json(self.path("config.json"), dataclasses.asdict(self.cfg))
+        self.log_file = open(self.path("log.jsonl"), "a")
+
+    @property
+    def minutes(self):
+        return (time.time() - self.started) / 60
+
+    def steps(self):
+        """The steps that are left, with a progress bar where stdout is a terminal."""
+        first = self.state["step"] if self.state else 0
+        return tqdm(range(first, self.cfg.steps), desc=self.cfg.name, file=sys.stdout,
+                    disable=not sys.stdout.isatty())
+
+    def due(self, step):
+        """Whether `step` is the last one, or one after which cfg wants an evaluation."""
+        return (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.cfg.steps
+
+    def log(self, entry):
+        self.log_file.write(json.dumps(entry) + "\n")
+
+    def check_finite(self, step, terms, gradients):
+        """Stops the run in one line when a term, name -> value, or a gradient is not finite; the last state stays."""
+        bad = [f"term {name}" for name, value in terms.items() if not math.isfinite(value)]
+        if bad or not all(g is None or g.isfinite().all() for g in gradients):
+            kept = f"'{self.state_path}' holds the last steps saved" if os.path.exists(self.state_path) else \
+                "nothing was saved"
+            fail(f"step {step + 1}: {(bad or ['a gradient'])[0]} is not finite; {kept}")
+
+    def end_of_step(self, step, content):
+        """Saves all that the rest of the run depends on, content() and the place in the log, every save_every steps and
+        when a signal asked any process to stop; then ends the program."""
+        received, done = parallel.union(self.signals), step + 1
+        if done == self.cfg.steps or not (received or done % self.cfg.save_every == 0):
+            return
+        self.log_file.flush()
+        with open(self.log_file.name) as f:
+            log_lines = len(f.readlines())
+        save(self.state_path, {"kind": "state", "config": dataclasses.asdict(self.cfg), "step": done,
+                               "log_lines": log_lines, "minutes": self.minutes, **content()})
+        if received:
+            print(f"{self.cfg.name}: stopped after step {done} of {self.cfg.steps}; the same command with "
+                  "--resume=True goes on", flush=True)
+            sys.exit(128 + received[0])
+
+    def finish(self, checkpoint):
+        """The run is complete: its checkpoint takes the place of the state to go on from."""
+        self.log_file.close()
+        save(self.path("ckpt.pt"), checkpoint)
+        if parallel.rank == 0 and os.path.exists(self.state_path):
+            os.remove(self.state_path)
+        parallel.barrier()  # until the checkpoint is there for every process
+
+
+def training_state(model, optimizers):
+    return {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+
+
+def restore(state, model, optimizers):
+    model.load_state_dict(state["model"])
+    for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(content)
+
+
+def write(path, fill):
+    """Writes a file atomically: what stood at `path` is replaced only by all that `fill(file)` writes, safe on disk."""
+    if parallel.rank:
+        return
+    try:
+        with open(path + ".tmp", "wb") as f:
+            fill(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:  # a full disk, for example, of which torch makes a RuntimeError
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        fail(f"cannot write '{path}' ({' '.join(str(e).split())}); what stood there before is as it was")
+
+
+def save(path, content):
+    """Writes a checkpoint or a state, of content["kind"], which load_checkpoint reads."""
+    write(path, lambda f: torch.save(content | {"version": VERSIONS[content["kind"]]}, f))
+
+
+def write_json(path, content):
+    write(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
+
+
+def write_result(folder, config, made_with, metrics):
+    """metrics.json, and result.json: the same with all that is needed to repeat the run."""
+    write_json(os.path.join(folder, "metrics.json"), metrics)
+    write_json(os.path.join(folder, "result.json"),
+               {"config": config, "seed": config["seed"], **made_with, "metrics": metrics})
+
+
+def read_log(folder):
+    """The entries of log.jsonl; none where there is no log, or where a run is in the middle of writing it."""
+    try:
+        with open(os.path.join(folder, "log.jsonl")) as f:
+            return [json.loads(line) for line in f]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return []
+
+
+def load_checkpoint(path, kind):
+    """Reads a checkpoint of the given kind, or says in one line why it cannot."""
+    if not os.path.exists(path):
+        begun = os.path.exists(os.path.join(os.path.dirname(path), "log.jsonl"))
+        fail(f"checkpoint '{path}' does not exist" + "; its run is not finished: --resume=True goes on with it" * begun)
+    try:
+        checkpoint = torch.load(path, map_location=torch.get_default_device(), weights_only=True)
+    except Exception as e:  # truncated, not a checkpoint, or holding something other than tensors and plain types
+        fail(f"checkpoint '{path}' cannot be read ({type(e).__name__}): truncated, or no checkpoint; without it, "
+             "it is trained again")
+    got = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if got != kind:
+        fail(f"'{path}' is no {kind} checkpoint" + f", but a {got} checkpoint" * bool(got))
+    if checkpoint.get("version") != VERSIONS[kind]:
+        fail(f"'{path}' has format version {checkpoint.get('version')}, this code reads version {VERSIONS[kind]}; "
+             "without it, it is trained again")
+    return checkpoint
+
+
+def current_commit():
+    """The short hash of the commit that is checked out; "unknown" outside a repository, or without git."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                             cwd=os.path.dirname(__file__))
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+def provenance():
+    """What a run is made with."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "machine": platform.machine()}
+    return {"commit": current_commit(), "versions": versions}

@@ -1,0 +1,169 @@
+"""The gradient of the loop, in chunks, against one backward() of J over the whole batch, in double precision."""
+import weakref
+
+import pytest
+import torch
+from torch.distributions import Categorical, Normal, kl_divergence
+
+import factorize
+import train_base
+from harness import config
+from harness.parallel import seeded
+from model import fit_latent_section, gaussian, score_latents
+from posterior import Posterior
+
+STAGES = {"fixed labels": 0, "responsibilities": 1, "ELBO": 2}  # the step of SHORT in which each is reached
+SHORT = ["configs/tiny_discrete.py", "--fixed_label_steps=1", "--responsibility_steps=1", "--prior=[3, 2, 1]"]
+CONTINUOUS = ["configs/tiny_continuous.py", "--cell_steps=2", "--z_dim=3", "--z_samples=2"]
+SUPPORT = {"token_weighted": 0.7, "posterior_entropy": 0.3, "router_support": 0.2, "router_marginal_kl": 1.3, "jsd": 0.9}
+VARIANCE = {"token_weighted": 0.7, "router_moment_kl": 1.3, "posterior_variance": 0.4, "cell": 0.6}
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def discrete_reference(model, q, pairs, labels, stage, log_prior):
+    """Every term as its definition has it, a mean over the batch; r is a label that nothing flows through."""
+    logq, w = q(pairs), (pairs.b / pairs.b.sum(dim=1, keepdim=True))[:, None]
+    logq = logq.detach() if stage == "fixed labels" else logq
+    K, (nll, logits, router) = len(log_prior), score_latents(model, pairs)
+    logp_z = router[:, -K:].log_softmax(dim=1)
+    of_z = logq.exp() if stage == "ELBO" else torch.eye(K)[labels["z"][:, 0]]  # what R is expected under
+    terms = {"reconstruction": (of_z * nll.sum(dim=2)).sum(dim=1).mean(),
+             "token_weighted": (of_z * (nll * w).sum(dim=2)).sum(dim=1).mean(),
+             "kl": kl_divergence(Categorical(logits=logq), Categorical(logits=logp_z)).mean(),
+             "posterior_entropy": Categorical(logits=logq).entropy().mean(),
+             "router_support": -router.softmax(dim=1)[:, -K:].sum(dim=1).log().mean(),
+             "router_marginal_kl": kl_divergence(Categorical(logp_z.exp().mean(dim=0)), Categorical(logits=log_prior))}
+    if stage == "ELBO":
+        p = logits.softmax(dim=-1)  # (B, K, T, V)
+        jsd = Categorical(p.mean(dim=1)).entropy() - Categorical(p).entropy().mean(dim=1)
+        terms["jsd"] = (w[:, 0] * jsd).sum(dim=1).mean()
+    else:
+        terms["router_distillation"] = -(labels["log_r"].exp() * logp_z).sum(dim=1).mean()
+    if stage == "responsibilities":
+        terms["posterior_distillation"] = -(labels["log_r"].exp() * logq).sum(dim=1).mean()
+    return terms
+
+
+def continuous_reference(model, q, pairs, labels, stage, log_prior):
+    mean, log_var = (part.detach() if stage == "fixed labels" else part for part in q(pairs))
+    posterior, w = Normal(mean, (0.5 * log_var).exp()), pairs.b / pairs.b.sum(dim=1, keepdim=True)
+    z = labels["z"]
+    if stage == "ELBO":
+        z = torch.cat([posterior.mean[:, None] + posterior.stddev[:, None] * labels["noise"], z], dim=1)
+    nll, _, raw = score_latents(model, pairs, z)
+    of_q = nll[:, :-1] if stage == "ELBO" else nll
+    mean_p, log_var_p = gaussian(raw)
+    router = Normal(mean_p, (0.5 * log_var_p).exp())
+    variance = (router.variance + router.mean.square()).mean(dim=0) - router.mean.mean(dim=0).square()
+    moments = Normal(router.mean.mean(dim=0), variance.sqrt())
+    terms = {"reconstruction": of_q.sum(dim=2).mean(), "token_weighted": (of_q * w[:, None]).sum(dim=2).mean(),
+             "kl": kl_divergence(posterior, router).sum(dim=1).mean(),
+             "posterior_variance": posterior.variance.mean(),
+             "router_moment_kl": kl_divergence(moments, Normal(torch.zeros(()), torch.ones(()))).sum()}
+    if stage == "ELBO":
+        terms["cell_reconstruction"] = nll[:, -1].sum(dim=1).mean()
+    else:
+        terms["router_distillation"] = terms["kl"]
+    return terms
+
+
+def setting(flags, more, posterior):
+    """A config, a model and a posterior far from their start, and ten pairs of several lengths."""
+    cfg = config.load(factorize, [*flags, *(f"--{name}_weight={value}" for name, value in more.items()),
+                                  f"--posterior={posterior}"])
+    base, task, _ = train_base.load_base("out/tiny_base/ckpt.pt")
+    torch.manual_seed(0)
+    pairs = factorize.sample_responses(base, task, 10, 1, "gradient")
+    model = fit_latent_section(base.with_latents(0 if cfg.z_dim else 3, cfg.z_dim), pairs, steps=1)
+    q = Posterior(base, 3, posterior, cfg.z_dim)
+    q.fit_statistics(pairs)
+    for p in [*model.parameters(), *q.head.parameters()]:
+        p.data += 0.1 * torch.randn(p.shape)
+    if cfg.z_dim:
+        q.cells.place(torch.full((3,), 1 / 3), cfg.posterior_std)
+    return cfg, model, q, pairs
+
+
+def both_gradients(flags, more, posterior, stage, step, only=None):
+    """(terms, gradients by the loop's function, in 3 chunks; the same by one backward of the reference)."""
+    cfg, model, q, pairs = setting(flags, more, posterior)
+    assert factorize.stage_of(cfg, step) == stage
+    log_prior = torch.tensor(cfg.prior or [1.0, 1.0, 1.0]).log().log_softmax(dim=0)
+    weights = factorize.weights(cfg, stage, c_base=1.7)
+    weights = {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
+    labels = factorize.label_pool(model, q, pairs, stage, cfg, log_prior, seeded(0))
+    labels = factorize.label_batch(model, pairs, labels, stage, cfg, weights, log_prior, seeded(1))
+    named = [(n, p) for n, p in [*model.named_parameters(), *q.named_parameters()] if p.requires_grad]
+    parameters = [p for _, p in named]
+    values, got = factorize.gradient(model, q, pairs, labels, stage, weights, parameters, 3)
+    terms = (continuous_reference if cfg.z_dim else discrete_reference)(model, q, pairs, labels, stage, log_prior)
+    J = sum(weights[name] * terms[name] for name in weights)
+    J.backward()
+    return values, terms, [(n, g, p.grad) for (n, p), g in zip(named, got, strict=True)]
+
+
+KINDS = [(SHORT, SUPPORT, stage, step) for stage, step in STAGES.items()] + [
+    (CONTINUOUS, VARIANCE, stage, step) for stage, step in STAGES.items() if stage != "responsibilities"]
+
+
+@pytest.mark.parametrize("posterior", ["linear", "full"])
+@pytest.mark.parametrize("flags, more, stage, step", KINDS)
+def test_the_gradient_in_chunks_is_that_of_one_graph(workplace, flags, more, posterior, stage, step):
+    """J with a weight on every term, and each term's value: relative difference at most 1e-9 for every parameter. In
+    the stage of fixed labels, nothing reaches the posterior."""
+    values, terms, gradients = both_gradients(flags, more, posterior, stage, step)
+    assert set(values) == set(terms)
+    for name, value in values.items():
+        assert value == pytest.approx(terms[name].item(), rel=1e-9, abs=1e-12), name
+    reached = set()
+    for name, got, want in gradients:
+        if got is None or want is None:
+            assert (got is None or not got.any()) and (want is None or not want.any()), name
+            continue
+        assert (got - want).norm() <= 1e-9 * want.norm(), name
+        if want.norm() > 0:
+            reached.add(name.split(".")[0])
+    assert {"embed", "blocks"} <= reached
+    assert ("head" in reached and "backbone" in reached) or posterior == "linear" or stage == "fixed labels"
+    assert "backbone" not in reached or posterior == "full" and stage != "fixed labels"
+
+
+@pytest.mark.parametrize("flags, more, stage, step", KINDS)
+def test_the_gradient_of_each_term_alone_is_that_of_one_graph(workplace, flags, more, stage, step):
+    """One term at a time, so that no other hides it; each has a gradient somewhere, unless it is of a posterior that
+    stands still or has no weight in the stage."""
+    cfg = setting(flags, more, "full")[0]
+    for only, weight in factorize.weights(cfg, stage, c_base=1.7).items():
+        still = stage == "fixed labels" and only in ("posterior_entropy", "posterior_variance")
+        if not weight or still:
+            continue
+        values, terms, gradients = both_gradients(flags, more, "full", stage, step, only)
+        total = sum(want.norm() ** 2 for _, _, want in gradients if want is not None) ** 0.5
+        error = sum((got - want).norm() ** 2 for _, got, want in gradients if got is not None and want is not None)
+        assert total > 1e-6 and error ** 0.5 <= 1e-9 * total, only
+
+
+def test_no_graph_of_a_chunk_outlives_its_gradient(workplace, monkeypatch):
+    """With one thread, one graph at a time: peak memory is that of a chunk, and not of the batch."""
+    class Sentinel:
+        """Lives as long as the graph that it hooks into."""
+
+    def spy(*args):
+        found, sentinel = score(*args), Sentinel()
+        found[0].register_hook(lambda gradient, sentinel=sentinel: None)
+        sentinels.append(weakref.ref(sentinel))
+        alive.append(sum(each() is not None for each in sentinels))
+        return found
+
+    score, sentinels, alive = factorize.score_latents, [], []
+    cfg, model, q, pairs = setting(SHORT, {}, "linear")
+    labels = factorize.label_pool(model, q, pairs, "ELBO", cfg, None, None)
+    monkeypatch.setattr(factorize, "score_latents", spy)
+    factorize.gradient(model, q, pairs, labels, "ELBO", factorize.weights(cfg, "ELBO", 1.0), [*model.parameters()], 10)
+    assert len(sentinels) == 10 and set(alive) == {1}
