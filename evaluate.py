@@ -3,15 +3,15 @@
     python evaluate.py out/sorting_discrete                     # metrics.json, result.json and figures
     python evaluate.py out/sorting_discrete --show=3            # three test inputs, the trace under every z abreast
     python evaluate.py out/sorting_discrete --x="4 2 7 1 3"     # the same for an input of your own
-    python evaluate.py out/sorting_discrete --figures           # more figures: traces and training, or centroids
 
-What is measured comes first, the command line last. Strategy names are read here, to say what each latent turned out to
-mean, and by train_base.py, which makes the data. A glossary of all metrics is in assets/results/README.md.
+What is measured comes first, the command line last. Strategy names are read here and by train_base.py, which makes the
+data. A glossary of all metrics is in assets/results/README.md.
 [1] Kuhn 1955; Munkres 1957 (Hungarian algorithm)
 """
 import math
 import os
 import random
+import re
 import signal
 import sys
 
@@ -22,7 +22,7 @@ import losses
 from harness import figures, parallel, runs
 from harness.config import fail
 from harness.parallel import seeded
-from model import (GPT, GPTConfig, Pairs, gaussian, in_chunks, log_likelihood, pad, sample_pairs, score_base,
+from model import (GPT, GPTConfig, as_pairs, gaussian, in_chunks, log_likelihood, sample_pairs, score_base,
                    score_router)
 from posterior import Posterior
 from tasks import Tokenizer
@@ -47,11 +47,12 @@ def indices(task, found):
     return torch.tensor([-1 if s is None else task.strategies.index(s) for s in found])
 
 
-def local_coverage(found, n, K, S):
+def local_coverage(found, n, K, S, prefix=""):
     """found: a strategy or None for each of n solutions to every x in turn. Distinct strategies among the first K of an
-    x, over min(K, S): (mean over x, share of x where it is 1)."""
+    x, over min(K, S): its mean over x, and the share of x where it is 1."""
     shares = [len(set(found[i:i + K]) - {None}) / min(K, S) for i in range(0, len(found), n)]
-    return sum(shares) / len(shares), sum(share == 1 for share in shares) / len(shares)
+    return {f"{prefix}local_strategy_coverage_mean": sum(shares) / len(shares),
+            f"{prefix}local_strategy_full_coverage_rate": sum(share == 1 for share in shares) / len(shares)}
 
 
 @torch.no_grad()
@@ -63,23 +64,19 @@ def controlled(model, task, tokenizer, xs, seed):
     all_xs = [x for x in xs for _ in range(K)]
     found = [task.attribute(x, y) for x, y in zip(all_xs, ys)]
     C = torch.tensor([[found[k::K].count(s) / len(xs) for s in task.strategies] for k in range(K)])
-    coverage, full_coverage = local_coverage(found, K, K, S)
-    answers = score_answers(task, all_xs, ys)
-    alignment = one_to_one_matching(C)[0] / max(K, S)
-    return {"alignment_one_to_one": alignment, "local_strategy_coverage_mean": coverage,
-            "local_strategy_full_coverage_rate": full_coverage,
-            "permutation_gap": coverage - alignment, "latent_purity": C.max(dim=1).values.min().item(),
-            "controlled_parse_success": answers["parse_success"],
-            "controlled_final_answer_accuracy": answers["final_answer_accuracy"]}, C
+    coverage, alignment = local_coverage(found, K, K, S), one_to_one_matching(C)[0] / max(K, S)
+    return {"alignment_one_to_one": alignment, **coverage,
+            "permutation_gap": coverage["local_strategy_coverage_mean"] - alignment,
+            "latent_purity": C.max(dim=1).values.min().item(),
+            **{f"controlled_{key}": value for key, value in score_answers(task, all_xs, ys).items()}}, C
 
 
 @torch.no_grad()
 def router(model, tokenizer, xs):
     """What the router says about every input: log p_phi(z|x) (N, K), or mean and log variance (N, D) each."""
     prompts = [tokenizer.prompt(x) for x in xs]
-    ids, starts = pad(prompts), torch.tensor([len(p) for p in prompts])
-    pairs = Pairs(ids, starts, torch.zeros(ids.shape))
-    out = in_chunks(lambda chunk: score_router(model, chunk.ids, chunk.starts), pairs, size=256)
+    pairs = as_pairs(prompts, map(len, prompts))
+    out = in_chunks(lambda chunk: score_router(model, chunk), pairs, size=256)
     return gaussian(out) if model.config.z_dim else F.log_softmax(out[:, -model.config.n_latents:], dim=1)
 
 
@@ -115,11 +112,9 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
     metrics["sampled_strategy_total_variation"] = sum(abs(a - b) for a, b in zip(shares, base_shares)) / 2
     S = len(task.strategies)
     K = samples if model.config.z_dim else model.config.n_latents
-    coverage, full_coverage = local_coverage(base_found, samples, K, S)  # what K samples of the base show
-    metrics |= {"base_local_strategy_coverage_mean": coverage, "base_local_strategy_full_coverage_rate": full_coverage}
+    metrics |= local_coverage(base_found, samples, K, S, "base_")  # what K samples of the base show
     if model.config.z_dim:
-        coverage, full_coverage = local_coverage(found, samples, K, S)
-        metrics |= {"local_strategy_coverage_mean": coverage, "local_strategy_full_coverage_rate": full_coverage}
+        metrics |= local_coverage(found, samples, K, S)
     return metrics, shares, base_shares, z, found
 
 
@@ -130,9 +125,8 @@ def strategy_probabilities(model, base, task, tokenizer, xs):
     S = len(task.strategies)
     records = [tokenizer.record(x, task.trace(x, s)) for x in xs for s in task.strategies]
     check_lengths(records, model.config.block_size)
-    starts = torch.tensor([len(tokenizer.prompt(x)) for x in xs for _ in task.strategies])
-    pairs = Pairs(pad(records), starts, torch.zeros(len(records), max(map(len, records))))
-    log_base = in_chunks(lambda chunk: -score_base(base, chunk.ids, chunk.starts).sum(dim=1), pairs)
+    pairs = as_pairs(records, [len(tokenizer.prompt(x)) for x in xs for _ in task.strategies])
+    log_base = in_chunks(lambda chunk: -score_base(base, chunk).sum(dim=1), pairs)
     logp_z = router(model, tokenizer, xs).repeat_interleave(S, dim=0)
     log_model = (logp_z + log_likelihood(model, pairs)).logsumexp(dim=1)
     return log_base.exp().view(-1, S), log_model.exp().view(-1, S)
@@ -180,8 +174,8 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     is continuous an importance-weighted bound. Returns (metrics, labels (n,), what q says of the pairs)."""
     xs = [xs[i % len(xs)] for i in range(n)]
     pairs = sample_pairs(base, [tokenizer.prompt(x) for x in xs], seeded(seed))
-    labels = indices(task, [task.attribute(x, y) for x, y in zip(xs, solutions(tokenizer, pairs))])
-    posterior, p = q.infer(pairs), router(model, tokenizer, xs)
+    labels = strategies_of(task, tokenizer, pairs)[1]
+    posterior, p = q.read(q.all_features(pairs)), router(model, tokenizer, xs)
     if model.config.z_dim:
         metrics = continuous_fidelity(model, pairs, posterior, p, seed)
     else:
@@ -208,9 +202,8 @@ def discrete_fidelity(model, pairs, logq, logp_z, labels, S):
 
 
 def continuous_fidelity(model, pairs, posterior, p, seed, of_posterior=8, of_router=56):
-    """The samples behind the importance-weighted bound are those of posterior and router together, and every one is
-    weighted as a sample of this mixture. Most come from the router: many z outside the posterior give y, too, and while
-    few of them are met, the bound is loose. A few of the posterior see to it that some z gives y."""
+    """The importance-weighted bound takes samples of posterior and router, each weighted as one of their mixture. Most
+    are of the router: many z outside the posterior give y, too. A few of the posterior ensure that some z gives y."""
     generator, samples = seeded(seed), of_posterior + of_router
     q, p = ([part[:, None] for part in gauss] for gauss in (posterior, p))
     z = torch.cat([mean + (0.5 * log_var).exp() * torch.randn(len(mean), some, mean.shape[2], generator=generator)
@@ -254,23 +247,19 @@ def during_training(model, q, task, pool, n_inputs, seed):
         metrics, C = controlled(model, task, tokenizer, xs, seed)
         return metrics | {"strategy_by_latent": C.tolist()}
     z, _, found = router_sampled(model, task, tokenizer, xs[:32], SAMPLES, seeded(seed))
-    coverage, full_coverage = local_coverage(found, SAMPLES, SAMPLES, len(task.strategies))
-    pool_xs = inputs(tokenizer, pool)
-    labels = indices(task, [task.attribute(x, y) for x, y in zip(pool_xs, solutions(tokenizer, pool))])
+    pool_xs, labels = strategies_of(task, tokenizer, pool)
     index = {tuple(x): i for i, x in enumerate(pool_xs)}  # an input drawn twice is one input
     x_index = torch.tensor([index[tuple(x)] for x in pool_xs])
-    return {"local_strategy_coverage_mean": coverage, "local_strategy_full_coverage_rate": full_coverage,
-            **semantics(q.infer(pool)[0], labels, x_index, z, found, task, seed)}
+    return {**local_coverage(found, SAMPLES, SAMPLES, len(task.strategies)),
+            **semantics(q.read(q.all_features(pool))[0], labels, x_index, z, found, task, seed)}
 
 
-def inputs(tokenizer, pairs):
-    """The x of every pair, as tokens."""
-    return [tokenizer.decode(row[2:start - 2]) for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
-
-
-def solutions(tokenizer, pairs):
-    """The y of every pair, as tokens without </y>."""
-    return [tokenizer.solution(row[start:]) for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
+def strategies_of(task, tokenizer, pairs):
+    """model.Pairs -> the x of every pair, as tokens, and the index of the strategy that its y follows, -1 for none."""
+    rows = list(zip(pairs.ids.tolist(), pairs.starts.tolist()))
+    xs = [tokenizer.decode(ids[2:start - 2]) for ids, start in rows]
+    ys = [tokenizer.solution(ids[start:]) for ids, start in rows]
+    return xs, indices(task, map(task.attribute, xs, ys))
 
 
 def one_to_one_matching(C):
@@ -327,8 +316,8 @@ SHOWN = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutati
 
 def evaluate(folder, seed=0):
     """Writes metrics.json, result.json and the figures of a run folder; returns the metrics."""
-    checkpoint, base, task, tokenizer, model, q = load_run(folder)
-    cfg, D, names = checkpoint["config"], model.config.z_dim, task.strategies
+    checkpoint, base, task, tokenizer, model, q = run = load_run(folder)
+    cfg, D = checkpoint["config"], model.config.z_dim
     xs = different_inputs(task, cfg["eval_inputs"], "test")
     metrics, C = ({}, None) if D else controlled(model, task, tokenizer, xs, seed)
     samples = SAMPLES if D else max(cfg["eval_samples"], model.config.n_latents)
@@ -336,39 +325,52 @@ def evaluate(folder, seed=0):
     likelihood, labels, posterior = held_out(model, q, base, task, tokenizer, xs, 4 * cfg["eval_inputs"],
                                              checkpoint["base"]["c_base"], seed)
     metrics |= router_metrics | likelihood
-
-    def path(name):
-        return os.path.join(folder, name)
-
     if D:
         metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
-        figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), names,
-                                  path("latent_space.png"))
-        if D == 2:
-            figures.draw_maps(*strategy_maps(model, task, tokenizer, xs[:4]), names, path("maps.png"))
     else:
         shares_by_x = strategy_probabilities(model, base, task, tokenizer, xs)
         metrics["strategy_total_variation_per_input"] = total_variation(*shares_by_x).mean().item()
-        figures.draw_matching(C, one_to_one_matching(C)[1], names, path("matching.png"))
-    figures.draw_shares(shares, base_shares, names, path("shares.png"))
-    log = runs.read_log(folder)
-    if log and log[-1]["minutes"] == checkpoint["last_log"]["minutes"]:
-        figures.draw_training(log, path("training.png"))
-    else:
-        print(f"no training.png: {folder}/log.jsonl is of another run than ckpt.pt")
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
     metrics |= {"test_inputs": len(xs), "minutes": checkpoint["minutes"],
                 "start_nll_error": checkpoint["start_nll_error"]}
     runs.write_result(folder, cfg, checkpoint["made_with"] | {"base": checkpoint["base"]["config"]}, metrics)
+    named = [f"{s}\nrouter {share:.0%}, base {base_share:.0%}"  # shares of the samples of either
+             for s, share, base_share in zip(task.strategies, shares, base_shares)]
+    log = runs.read_log(folder)
+    if log and log[-1]["minutes"] == checkpoint["last_log"]["minutes"]:
+        figures.draw_training(log, None if D else one_to_one_matching(C)[1], task.strategies,
+                              os.path.join(folder, "training.png"))
+    else:
+        print(f"no training.png: {folder}/log.jsonl is of another run than ckpt.pt")
+    if D:
+        figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), named,
+                                  os.path.join(folder, "latent_space.png"))
+        if D == 2:
+            figures.draw_maps(*strategy_maps(model, task, tokenizer, xs[:4]), task.strategies,
+                              os.path.join(folder, "maps.png"))
+    else:
+        figures.draw_matching(C, one_to_one_matching(C)[1], named, os.path.join(folder, "matching.png"))
+        figures.draw_traces(" ".join(xs[0]), *sample_traces(run, xs[0], seed), task.strategies,
+                            os.path.join(folder, "traces.png"))
     for name in SHOWN:
         if name in metrics:
             print(f"{name:36s} {metrics[name]:.3f}")
     if not D:
-        meanings = [f"<z{k + 1}> {'none' if s is None else f'{names[s]} ({C[k, s]:.2f})'}"
+        meanings = [f"<z{k + 1}> {'none' if s is None else f'{task.strategies[s]} ({C[k, s]:.2f})'}"
                     for k, s in enumerate(one_to_one_matching(C)[1])]
         print("z and the strategy it means:", ", ".join(meanings))
     print(f"wrote {folder}/metrics.json and the figures beside it", flush=True)
     return metrics
+
+
+def sample_traces(run, x, seed):
+    """K samples of the base, and one under each z, for one x: lists of (strategy, lines)."""
+    _, base, task, tokenizer, model, _ = run
+    K, generator = model.config.n_latents, seeded(seed)
+    ys = sample_ys(base, tokenizer, K * [tokenizer.prompt(x)], generator)
+    ys += sample_ys(model, tokenizer, [tokenizer.prompt(x, k) for k in range(K)], generator)
+    traces = [(task.attribute(x, y) or "no strategy", trace_lines(y)) for y in ys]
+    return traces[:K], traces[K:]
 
 
 def strategy_maps(model, task, tokenizer, xs, points=25):
@@ -381,40 +383,6 @@ def strategy_maps(model, task, tokenizer, xs, points=25):
         found = indices(task, [task.attribute(x, y) for y in ys])
         maps.append(torch.where(found < 0, len(task.strategies), found).view(points, points))
     return maps, [" ".join(x) for x in xs]
-
-
-def draw(folder, seed=0):
-    """Draws the figures that no metric needs, those that apply to the run, and prints their paths."""
-    _, base, task, tokenizer, model, q = run = load_run(folder)
-    xs, drawn = different_inputs(task, run[0]["config"]["eval_inputs"], "test"), []
-    generator, K = seeded(seed), model.config.n_latents
-
-    def path(name):
-        drawn.append(os.path.join(folder, name))
-        return drawn[-1]
-
-    def traces(model, prompts):  # [(strategy, lines)] of one sample of every prompt
-        ys = sample_ys(model, tokenizer, prompts, generator)
-        return [(task.attribute(xs[0], y) or "no strategy", trace_lines(y)) for y in ys]
-
-    if model.config.z_dim:
-        all_xs = [x for x in xs for _ in range(4)]
-        pairs = sample_pairs(base, [tokenizer.prompt(x) for x in all_xs], generator)
-        labels = indices(task, [task.attribute(x, y) for x, y in zip(all_xs, solutions(tokenizer, pairs))])
-        z, _, found = router_sampled(model, task, tokenizer, xs, SAMPLES, generator)
-        figures.draw_centroids(q.infer(pairs)[0], labels, z.flatten(0, 1), indices(task, found), task.strategies,
-                               path("centroids.png"))
-    else:
-        of_base = traces(base, K * [tokenizer.prompt(xs[0])])
-        of_latents = traces(model, [tokenizer.prompt(xs[0], k) for k in range(K)])
-        figures.draw_traces(" ".join(xs[0]), of_base, of_latents, task.strategies, path("traces.png"))
-        entries = [entry for entry in runs.read_log(folder) if "strategy_by_latent" in entry]
-        if entries:
-            matching = one_to_one_matching(torch.tensor(entries[-1]["strategy_by_latent"]))[1]
-            figures.draw_dynamics(entries, matching, task.strategies, path("dynamics.png"))
-        else:
-            print("no dynamics.png: log.jsonl says nothing about strategy_by_latent")
-    print("\n".join(drawn))
 
 
 def trace_lines(y):
@@ -479,19 +447,14 @@ def answer(argv):
     folder, *flags = argv
     if not os.path.isdir(folder):
         fail(f"run folder '{folder}' does not exist; python factorize.py makes one")
-    asked = [flag.partition("=")[::2] for flag in flags]
-    for flag, (key, value) in zip(flags, asked):
-        complete = {"--show": value.isdecimal() and int(value) > 0, "--x": value, "--figures": not value}
-        if not complete.get(key):
-            fail(f"unknown or incomplete flag '{flag}'; known: --show=N, --x=\"...\", --figures")
-    if not asked:
+    for flag in flags:
+        if not re.fullmatch(r"--show=[1-9][0-9]*|--x=.+", flag, re.DOTALL):
+            fail(f"unknown or incomplete flag '{flag}'; known: --show=N, --x=\"...\"")
+    if not flags:
         evaluate(folder)
-    for key, value in asked:
-        if key == "--figures":
-            draw(folder)
-        else:
-            run = load_run(folder)
-            show(run, [typed_input(run, value)] if key == "--x" else different_inputs(run[2], int(value), "test"))
+    for key, value in (flag.split("=", 1) for flag in flags):
+        run = load_run(folder)
+        show(run, [typed_input(run, value)] if key == "--x" else different_inputs(run[2], int(value), "test"))
 
 
 def main(argv):

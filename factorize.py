@@ -43,13 +43,13 @@ class Config:
     steps: Count = 700  # gradient steps
     batch_size: Count = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: Count = 512  # pairs sampled and labelled at a time; each is used once
-    chunks: Count = 8  # of a batch, by length: little padding, work for every thread, less memory
+    chunks: Count = 8  # pieces of a batch, at least; more take less memory
     section_steps: int = 60  # steps that fit <z> z </z> to leave the base's p(y|x) as it was
     # clusters
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: q's head stays random
     cluster_responses: at_least(2) = 12  # responses to each of them
     cluster_restarts: Count = 192  # starts of the clustering, of which the best counts
-    posterior: Literal["linear", "full"] = "linear"  # q trains its head, or its backbone, too
+    posterior: Literal["linear", "full"] = "linear"  # q trains its head; or its backbone, too
     # stages where z is discrete; the ELBO takes the steps that remain
     fixed_label_steps: int = 300  # steps in which q stands still and labels
     fixed_label_power: float = 4.0  # power to which q(z|x,y) is raised in these labels
@@ -64,7 +64,7 @@ class Config:
     normalize_reconstruction: bool = True  # divide R by c_base, the base's validation loss
     token_weighted_weight: Weight = 0.0  # of the token-weighted reconstruction
     beta: float = 0.1  # of KL(q || p), in the ELBO
-    distillation_weight: Weight = 1.0  # before it, of router and q towards their labels
+    distillation_weight: Weight = 1.0  # of router and q towards their labels, before the ELBO
     # ... where z is discrete
     posterior_entropy_weight: Weight = 0.0  # of H(q)
     router_support_weight: Weight = 0.1  # of the router's mass outside the latent tokens
@@ -83,7 +83,7 @@ class Config:
     warmup: int = 20  # steps of linear warm-up; over all steps the rate falls linearly to 0
     # evaluation
     eval_every: Count = 100  # steps between evaluations during training
-    validation_inputs: at_least(2) = 64  # inputs of these evaluations; at most 32 if z is continuous
+    validation_inputs: at_least(2) = 64  # inputs they take; at most 32 where z is continuous
     eval_inputs: at_least(2) = 256  # different test inputs, as many as the task has
     eval_samples: Count = 8  # router samples an input, or K if that is more; 16 if z is continuous
     # running
@@ -91,7 +91,6 @@ class Config:
     threads: Count = 2  # CPU threads
     device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; bfloat16 if on CUDA
-    compile: bool = False  # fuse the blocks by torch.compile: faster after slow first steps
     save_every: Count = 100  # steps between saved states, from which an interrupted run can go on
     resume: bool = False  # go on from the last saved state, of the base's training, too
     overwrite: bool = False  # start again in a folder that holds a run
@@ -112,8 +111,9 @@ def stage_of(cfg, step):
     return "responsibilities" if step < first + second else "ELBO"
 
 
-def weights(cfg, stage, c_base):
-    """The terms of J in a stage, name -> weight. One of weight 0 is in the log alone."""
+def term_weights(cfg, stage, c_base):
+    """The terms of J in a stage, name -> weight. One of weight 0 is in the log alone, or, where it
+    is costly, left out."""
     table = {"reconstruction": 1 / c_base if cfg.normalize_reconstruction else 1.0,
              "token_weighted": cfg.token_weighted_weight,
              "kl": cfg.beta if stage == "ELBO" else 0.0}
@@ -137,28 +137,29 @@ def weights(cfg, stage, c_base):
 
 
 # ------------------------------------------------------------- the terms of J
-def discrete_terms(model, q, pairs, labels, stage, terms):
-    """The terms of J named in `terms`, for B pairs: name -> (B,) nats. labels: see label_pool and
-    label_batch, name -> (B, ...)."""
+def discrete_terms(model, q, pairs, labels, stage, weights):
+    """The terms of J that `weights` names, for B pairs: name -> (B,) nats. labels: name -> (B, ...)
+    of label_pool and take_batch."""
     with torch.set_grad_enabled(stage != "fixed labels"):  # there q stands still: it is the label
         logq = q(pairs, labels.get("features"))  # (B, K)
     K = logq.shape[1]
     if stage == "ELBO":  # z ~ q: sums over z are exact
-        z, log_z = torch.arange(K).expand(logq.shape), logq
+        z, log_weight = torch.arange(K).expand(logq.shape), logq
     else:  # z ~ r: one draw estimates the sum without bias, at a K-th of its cost
-        z, log_z = labels["z"], torch.zeros(len(logq), 1)
+        z, log_weight = labels["z"], torch.zeros(len(logq), 1)
     latents = model.config.vocab_size - K + z  # token ids of <z1> ... <zK>
-    token_nll, logits, router = score_latents(model, pairs, latents)  # (B, n, T), (B, n, T, V), (B, V)
+    # (B, n, T), (B, n, T, V), (B, V)
+    token_nll, logits, router = score_latents(model, pairs, latents)
     logp_z, w = F.log_softmax(router[:, -K:], dim=1), losses.token_weights(pairs.b)
-    found = {"reconstruction": losses.reconstruction(-token_nll.sum(dim=2), log_z),
-             "token_weighted": losses.token_weighted_reconstruction(token_nll, w, log_z),
+    found = {"reconstruction": losses.reconstruction(-token_nll.sum(dim=2), log_weight),
+             "token_weighted": losses.token_weighted_reconstruction(token_nll, w, log_weight),
              "kl": losses.categorical_kl(logq, logp_z),
              "posterior_entropy": losses.posterior_entropy(logq),
              "router_support": losses.router_support(router, K)}
-    if "router_marginal_kl" in terms:
+    if "router_marginal_kl" in weights:
         found["router_marginal_kl"] = losses.router_marginal_kl(
             logp_z, labels["log_marginal"], labels["log_prior"])
-    if "jsd" in terms:
+    if "jsd" in weights:
         found["jsd"] = losses.inter_latent_jsd(F.log_softmax(logits, dim=-1), w)
     if stage != "ELBO":
         found["router_distillation"] = losses.distillation(labels["log_r"], logp_z)
@@ -167,7 +168,7 @@ def discrete_terms(model, q, pairs, labels, stage, terms):
     return found
 
 
-def continuous_terms(model, q, pairs, labels, stage, terms):
+def continuous_terms(model, q, pairs, labels, stage, weights):
     """The same where z is continuous."""
     with torch.set_grad_enabled(stage != "fixed labels"):
         mean, log_var = q(pairs, labels.get("features"))  # (B, D) each
@@ -176,19 +177,20 @@ def continuous_terms(model, q, pairs, labels, stage, terms):
     else:  # z ~ N(0, I) in the cell of the pair
         z = labels["z"]  # (B, 1, D)
     n = z.shape[1]
-    log_z = torch.full(z.shape[:2], -math.log(n), dtype=z.dtype)  # the mean over samples
-    if "cell_reconstruction" in terms:
+    log_weight = torch.full(z.shape[:2], -math.log(n), dtype=z.dtype)  # the mean over samples
+    if "cell_reconstruction" in weights:
         z = torch.cat((z, labels["z"]), dim=1)
     token_nll, _, router = score_latents(model, pairs, z)  # (B, n, T) or (B, n + 1, T)
-    router, w = gaussian(router), losses.token_weights(pairs.b)  # mean and log variance, (B, D) each
+    router, w = gaussian(router), losses.token_weights(pairs.b)  # mean, log variance (B, D)
     kl = losses.gaussian_kl(mean, log_var, *router)
-    found = {"reconstruction": losses.reconstruction(-token_nll[:, :n].sum(dim=2), log_z),
-             "token_weighted": losses.token_weighted_reconstruction(token_nll[:, :n], w, log_z),
+    of_q = token_nll[:, :n]
+    found = {"reconstruction": losses.reconstruction(-of_q.sum(dim=2), log_weight),
+             "token_weighted": losses.token_weighted_reconstruction(of_q, w, log_weight),
              "kl": kl,
              "posterior_variance": losses.posterior_variance(log_var)}
-    if "router_moment_kl" in terms:
+    if "router_moment_kl" in weights:
         found["router_moment_kl"] = losses.router_moment_kl(*router, labels["m"], labels["v"])
-    if "cell_reconstruction" in terms:
+    if "cell_reconstruction" in weights:
         found["cell_reconstruction"] = token_nll[:, -1].sum(dim=1)
     if stage != "ELBO":
         found["router_distillation"] = kl  # q is the label
@@ -196,20 +198,23 @@ def continuous_terms(model, q, pairs, labels, stage, terms):
 
 
 def gradient(model, q, batch, labels, stage, weights, parameters, n_chunks):
-    """The terms of J, name -> mean over the batch, and the gradient of J, one tensor a parameter.
-    Every term is a mean over pairs. So the batch is cut into chunks of pairs of similar length,
-    whose gradients are computed side by side and added up: memory is that of the chunks in work."""
+    """The terms of J, name -> mean over the batch, and the gradient of J, a tensor for every
+    parameter, or None for one that J does not reach. Every term is a mean over pairs. So the
+    batch is cut into chunks of pairs of similar length, whose gradients are computed side by side
+    and added up: memory is that of the chunks in work."""
     terms_of = continuous_terms if model.config.z_dim else discrete_terms
 
     def of_chunk(rows):
         of_rows = {name: value[rows] for name, value in labels.items()}
         terms = terms_of(model, q, batch.rows(rows), of_rows, stage, weights)
         terms = {name: terms[name].sum() / len(batch.ids) for name in weights}
-        J = sum(weights[name] * value for name, value in terms.items() if weights[name])
-        values = torch.stack([value.detach() for value in terms.values()])
+        J = sum(weight * terms[name] for name, weight in weights.items() if weight)
+        values = torch.stack([term.detach() for term in terms.values()])
         return values, *torch.autograd.grad(J, parameters, allow_unused=True)
 
-    chunks = batch.by_length(max(n_chunks, parallel.processes))
+    # under all K latents a pair is K records: more chunks, so that none has many more than 64
+    records = len(batch.ids) * (max(model.config.n_latents, 1) if stage == "ELBO" else 1)
+    chunks = batch.by_length(max(n_chunks, parallel.processes, records // 64))
     values, *gradients = sum_chunks(of_chunk, chunks)
     return dict(zip(weights, values.tolist())), gradients
 
@@ -225,13 +230,13 @@ def sample_responses(base, task, n_inputs, n_responses, key):
 
 
 @torch.no_grad()
-def label_pool(model, q, pool, stage, cfg, log_prior, generator):
-    """What the pairs of a pool are trained on besides themselves, name -> (N, ...): `features` of a
-    frozen posterior, and log_r (N, K), or z (N, 1, D) ~ N(0, I) in the cell of the pair."""
-    labels = {"features": q.all_features(pool)} if q.adaptation == "linear" else {}
-    out = q.read(labels["features"]) if labels else q.infer(pool)
+def label_pool(model, q, pool, stage, cfg, log_prior, rng):
+    """Labels of N pairs in a stage, name -> (N, ...): log_r (N, K); or, where z is continuous,
+    z (N, 1, D) ~ N(0, I) in the cell of the pair; and `features` of a frozen posterior."""
+    features = q.all_features(pool)
+    labels, out = {"features": features} if q.adaptation == "linear" else {}, q.read(features)
     if cfg.z_dim:
-        labels["z"] = q.cells.sample(out[0], generator)[:, None]
+        labels["z"] = q.cells.sample(out[0], rng)[:, None]
     elif stage == "fixed labels":
         labels["log_r"] = F.log_softmax(cfg.fixed_label_power * out, dim=1)
     elif stage == "responsibilities":
@@ -241,27 +246,29 @@ def label_pool(model, q, pool, stage, cfg, log_prior, generator):
 
 
 @torch.no_grad()
-def label_batch(model, batch, labels, stage, cfg, terms, log_prior, generator):
-    """Adds what is drawn, and what is a statement about the whole batch, before it is cut into
-    chunks: z (B, 1) ~ r; noise (B, n, D) of q; and the marginal of the routers, which is held
-    constant in its KL (losses.router_marginal_kl)."""
-    B, labels = len(batch.ids), dict(labels)
+def take_batch(model, pool, labels, rows, stage, cfg, weights, log_prior, rng):
+    """Pairs of the pool and their labels, and among these what needs the whole batch, before it is
+    cut into chunks: draws z (B, 1) ~ r, or noise (B, n, D) of q; and, the same for all pairs, the
+    mean router log_marginal (B, K) and log_prior (B, K), or the moments m, v (B, D) of the routers,
+    which are constants in their KL (losses.router_marginal_kl, losses.router_moment_kl)."""
+    batch, labels = pool.rows(rows), {name: value[rows] for name, value in labels.items()}
+    B = len(batch.ids)
     if not cfg.z_dim and stage != "ELBO":
-        labels["z"] = torch.multinomial(labels["log_r"].exp(), 1, generator=generator)
+        labels["z"] = torch.multinomial(labels["log_r"].exp(), 1, generator=rng)
     if cfg.z_dim and stage == "ELBO":
-        labels["noise"] = torch.randn(B, cfg.z_samples, cfg.z_dim, generator=generator)
-    if {"router_marginal_kl", "router_moment_kl"} & set(terms):
-        router = in_chunks(lambda chunk: score_router(model, chunk.ids, chunk.starts), batch)
-    if "router_marginal_kl" in terms:
+        labels["noise"] = torch.randn(B, cfg.z_samples, cfg.z_dim, generator=rng)
+    if {"router_marginal_kl", "router_moment_kl"} & set(weights):
+        router = in_chunks(lambda chunk: score_router(model, chunk), batch)
+    if "router_marginal_kl" in weights:
         logp_z = F.log_softmax(router[:, -len(log_prior):], dim=1)
-        log_marginal = logp_z.logsumexp(dim=0) - math.log(B)
-        labels["log_marginal"], labels["log_prior"] = log_marginal.expand(B, -1), log_prior.expand(B, -1)
-    if "router_moment_kl" in terms:
+        labels["log_marginal"] = (logp_z.logsumexp(dim=0) - math.log(B)).expand(B, -1)
+        labels["log_prior"] = log_prior.expand(B, -1)
+    if "router_moment_kl" in weights:
         mean, log_var = gaussian(router)
         m = mean.mean(dim=0)
         v = (log_var.exp() + mean.square()).mean(dim=0) - m.square()
         labels["m"], labels["v"] = m.expand(B, -1), v.expand(B, -1)
-    return labels
+    return batch, labels
 
 
 # ------------------------------------------------------------- the loop
@@ -274,30 +281,38 @@ def factorize(cfg):
     log_prior = torch.tensor(cfg.prior or K * [1.0]).log().log_softmax(dim=0)
     with runs.Run(cfg) as run:
         base, task, base_checkpoint = train_base.get_base(base_cfg, cfg.base)
-        c_base = base_checkpoint["c_base"]
         torch.manual_seed(cfg.seed)  # the base may have been trained just now, or long ago
         run.begin()
-        model, q, optimizers, pool, labels, start_nll_error = initialise(
-            cfg, run, base, task, K, c_base, log_prior)
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups
-                      for p in group["params"]]
+        model = base.with_latents(0 if cfg.z_dim else K, cfg.z_dim)
+        q = Posterior(base, K, cfg.posterior, cfg.z_dim)
+        optimizers = [*make_optimizers(model, cfg),
+                      torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
+        parameters = [p for each in optimizers for group in each.param_groups
+                      for p in group["params"] if p.requires_grad]
+        if run.state:
+            pool, labels, start_nll_error = resume(run, model, q, optimizers, base_checkpoint)
+        else:
+            start_nll_error = start(run, model, q, base, task, log_prior)
+        c_base = base_checkpoint["c_base"]
         bar = run.steps()
         for step in bar:
             set_learning_rates(optimizers, step, cfg)
-            stage, generator = stage_of(cfg, step), seeded(cfg.seed * 10**6 + step)
-            terms = weights(cfg, stage, c_base)
-            first = step * cfg.batch_size % cfg.pool_size
-            if first == 0:
+            stage = stage_of(cfg, step)
+            weights = term_weights(cfg, stage, c_base)
+            rng = seeded(cfg.seed * 10**6 + step)  # all that is drawn is a function of (seed, step)
+            offset = step * cfg.batch_size % cfg.pool_size
+            if offset == 0:
                 pool = sample_responses(base, task, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
-                labels = label_pool(model, q, pool, stage, cfg, log_prior, generator)
-            rows = slice(first, first + cfg.batch_size)
-            batch, of_batch = pool.rows(rows), {name: value[rows] for name, value in labels.items()}
-            of_batch = label_batch(model, batch, of_batch, stage, cfg, terms, log_prior, generator)
-            values, gradients = gradient(model, q, batch, of_batch, stage, terms, parameters,
-                                         cfg.chunks)
-            run.check_finite(step, values, gradients)
+            if offset == 0 or stage != stage_of(cfg, step - 1):
+                labels = label_pool(model, q, pool, stage, cfg, log_prior, rng)
+            rows = slice(offset, offset + cfg.batch_size)
+            batch, batch_labels = take_batch(
+                model, pool, labels, rows, stage, cfg, weights, log_prior, rng)
+            terms, gradients = gradient(
+                model, q, batch, batch_labels, stage, weights, parameters, cfg.chunks)
+            run.check_finite(step, terms, gradients)
             update(optimizers, parameters, gradients)
-            entry = log_entry(step, stage, values, terms, c_base) | {"minutes": run.minutes}
+            entry = log_entry(step, stage, terms, weights, c_base) | {"minutes": run.minutes}
             if run.due(step):
                 entry |= evaluate.during_training(model, q, task, pool, cfg.validation_inputs, step)
             run.log(entry)
@@ -313,80 +328,68 @@ def factorize(cfg):
     return run.folder
 
 
-def initialise(cfg, run, base, task, K, c_base, log_prior):
-    """Model, posterior and optimizers before the first step, or as the interrupted run saved them,
-    with its pool and labels; and how far the new model is from the base."""
-    model = base.with_latents(0 if cfg.z_dim else K, cfg.z_dim)
-    if not run.state:
-        section_pairs, other_pairs = (
-            sample_responses(base, task, cfg.pool_size, 1, f"{name} {cfg.seed}")
-            for name in ("section", "start"))
-        fit_latent_section(model, section_pairs, cfg.section_steps)
-        start_nll_error = compare_to_base(model, other_pairs)
-        what = f"a latent in {cfg.z_dim} dimensions" if cfg.z_dim else f"{K} latents"
-        print(f"{cfg.name}: {what} for {task.name}, base at {c_base:.3f} nats a solution; "
-              f"inserted, this changes by at most {start_nll_error:.1%}", flush=True)
-    q = Posterior(base, K, cfg.posterior, cfg.z_dim)
-    optimizers = make_optimizers(model, cfg)
-    optimizers.append(torch.optim.AdamW([p for p in q.parameters() if p.requires_grad],
-                                        cfg.posterior_lr, weight_decay=0.0))
-    pool = labels = None
-    if run.state:
-        if run.state["c_base"] != c_base:
-            fail(f"'{run.folder}' was begun with another base than that of {cfg.base}: start again "
-                 "by --overwrite=True")
-        runs.restore(run.state, model, optimizers)
-        q.load_state_dict(run.state["posterior"])
-        pool, labels = Pairs(*run.state["pool"]), run.state["labels"]
-        start_nll_error = run.state["start_nll_error"]
-    elif cfg.cluster_inputs:
-        n, key = cfg.cluster_responses, f"clusters {cfg.seed}"
-        pairs = sample_responses(base, task, cfg.cluster_inputs, n, key)
-        agree = start_posterior(q, pairs, torch.arange(len(pairs.ids)) // n, log_prior,
-                                seeded(cfg.seed), cfg.cluster_restarts, cfg.posterior_std)
-        print(f"{cfg.name}: {agree:.0%} of {cfg.cluster_restarts} restarts found the same "
-              f"clusters, {run.minutes:.1f} min", flush=True)
-    else:
-        q.fit_statistics(other_pairs)  # without them every feature is 0
-    if cfg.compile:
-        model.compile()
-    return model, q, optimizers, pool, labels, start_nll_error
+def start(run, model, q, base, task, log_prior):
+    """Fits the latent section of the model, and the posterior to clusters of the base's responses.
+    Returns how far the new model is from the base: max_z |NLL of y given (x, z) - NLL of the base|
+    as a share of the latter, over samples of the base; z ~ N(0, I) where it is continuous."""
+    cfg = run.cfg
+    for_section, others = (sample_responses(base, task, cfg.pool_size, 1, f"{name} {cfg.seed}")
+                           for name in ("section", "start"))
+    fit_latent_section(model, for_section, cfg.section_steps)
+    z = [torch.randn(len(others.ids), 3, cfg.z_dim)] if cfg.z_dim else []
+    nll = -log_likelihood(model, others, *z).mean(dim=0)  # of every z
+    base_nll = others.b.sum(dim=1).mean()
+    start_nll_error = ((nll - base_nll).abs().max() / base_nll).item()
+    what = f"a latent in {cfg.z_dim} dimensions" if cfg.z_dim else f"{len(log_prior)} latents"
+    print(f"{cfg.name}: {what} for {task.name}, base at {base_nll:.3f} nats a solution; with "
+          f"<z> z </z> inserted at most {start_nll_error:.1%} away", flush=True)
+    if not cfg.cluster_inputs:
+        q.fit_statistics(others)  # without them every feature is 0
+        return start_nll_error
+    n = cfg.cluster_responses
+    pairs = sample_responses(base, task, cfg.cluster_inputs, n, f"clusters {cfg.seed}")
+    agree = start_posterior(q, pairs, torch.arange(len(pairs.ids)) // n, log_prior,
+                            seeded(cfg.seed), cfg.cluster_restarts, cfg.posterior_std)
+    print(f"{cfg.name}: {agree:.0%} of {cfg.cluster_restarts} restarts found the same clusters, "
+          f"{run.minutes:.1f} min", flush=True)
+    return start_nll_error
 
 
-def compare_to_base(model, pairs):
-    """max_k |NLL of y given (x, z_k) - base NLL of y| / base NLL of y, over samples of the base;
-    z ~ N(0, I) where it is continuous."""
-    z = [torch.randn(len(pairs.ids), 3, model.config.z_dim)] if model.config.z_dim else []
-    nll = -log_likelihood(model, pairs, *z).mean(dim=0)  # (K,)
-    base_nll = pairs.b.sum(dim=1).mean()
-    return ((nll - base_nll).abs().max() / base_nll).item()
+def resume(run, model, q, optimizers, base_checkpoint):
+    """Takes everything back to the saved state; returns the pool, its labels, start_nll_error."""
+    state = run.state
+    if state["c_base"] != base_checkpoint["c_base"]:
+        fail(f"'{run.folder}' was begun with another base than that of {run.cfg.base}: start again "
+             "by --overwrite=True")
+    runs.restore(state, model, optimizers)
+    q.load_state_dict(state["posterior"])
+    return Pairs(*state["pool"]), state["labels"], state["start_nll_error"]
 
 
-def log_entry(step, stage, values, weights, c_base):
+def log_entry(step, stage, terms, weights, c_base):
     """A line of log.jsonl: the raw terms, and each weighted term's share of J by absolute value."""
-    weighted = {name: weights[name] * value for name, value in values.items()}
+    weighted = {name: weights[name] * value for name, value in terms.items()}
     size = sum(map(abs, weighted.values()))
-    return {"step": step + 1, "stage": stage, "objective": sum(weighted.values()), **values,
+    return {"step": step + 1, "stage": stage, "objective": sum(weighted.values()), **terms,
             **{f"loss_fraction_{name}": abs(value) / size for name, value in weighted.items()},
-            "normalized_reconstruction": values["reconstruction"] / c_base}
+            "normalized_reconstruction": terms["reconstruction"] / c_base}
 
 
 def report(cfg, bar, entry):
-    """The numbers that a person watches: in the progress bar, or a line for every evaluation."""
+    """The numbers that a person watches: in the progress bar, and a line for every evaluation."""
     line = f"R/c {entry['normalized_reconstruction']:.3f}, KL {entry['kl']:.3f}"
     bar.set_postfix_str(line, refresh=False)
     if "local_strategy_coverage_mean" in entry:
-        name, key = ("probe", "sampled_z_probe_accuracy") if cfg.z_dim else \
-            ("alignment", "alignment_one_to_one")
-        bar.clear()
-        print(f"{cfg.name} step {entry['step']}/{cfg.steps}: {line}, {name} {entry[key]:.3f}, "
-              f"coverage {entry['local_strategy_coverage_mean']:.3f}, {entry['minutes']:.1f} min",
-              flush=True)
+        score = (f"probe {entry['sampled_z_probe_accuracy']:.3f}" if cfg.z_dim else
+                 f"alignment {entry['alignment_one_to_one']:.3f}")
+        bar.write(f"{cfg.name} step {entry['step']}/{cfg.steps}: {line}, {score}, coverage "
+                  f"{entry['local_strategy_coverage_mean']:.3f}, {entry['minutes']:.1f} min")
+        sys.stdout.flush()
 
 
 # ------------------------------------------------------------- the config
 def load_base_config(cfg):
-    shared = ("threads", "device", "precision", "compile", "resume")
+    shared = ("threads", "device", "precision", "resume")
     flags = [f"--{key}={getattr(cfg, key)}" for key in shared]
     return config.load(train_base, [cfg.base, *flags])
 
@@ -404,14 +407,11 @@ def check(cfg, K):
              "pool (pool_size)")
     if cfg.prior is not None and (len(cfg.prior) != K or not sum(cfg.prior)
                                   or min(cfg.prior) < 1e-4 * sum(cfg.prior)):
-        fail(f"config key 'prior' takes {K} positive shares, each at least 0.0001 of their sum, "
-             f"got {cfg.prior}")
+        fail(f"config key 'prior' takes {K} positive shares, each at least 0.0001 of their sum")
     if cfg.pool_size % cfg.batch_size:
-        fail(f"config key 'pool_size' ({cfg.pool_size}) must be a multiple of batch_size "
-             f"({cfg.batch_size})")
+        fail(f"config key 'pool_size' must be a multiple of batch_size ({cfg.batch_size})")
     if cfg.z_dim and not cfg.cluster_inputs:
-        fail("config key 'cluster_inputs': a continuous z needs clusters, around which it begins, "
-             "got 0")
+        fail("config key 'cluster_inputs': a continuous z needs clusters to begin with, got 0")
     if cfg.z_dim and cfg.z_dim < K - 1:
         fail(f"config key 'z_dim': {K} clusters need at least {K - 1} dimensions, got {cfg.z_dim}")
 

@@ -1,12 +1,12 @@
-"""Every term of the objective, one pure function each: tensors in, one value per example out.
+"""Every term of the objective, one pure function each: tensors in, one value per pair (x, y) out.
 
     J = R + beta KL + sum_i lambda_i L_i      minimised, in nats, assembled in factorize.py
 
 Notation (dimensions: see model.py). logp_y (B, K) is log p_psi(y|x,z) for every latent z, summed
 over the tokens of y; token_nll (B, K, T) is its negative, token by token; logq (B, K) is the
 posterior log q_xi(z|x,y); logp_z (B, K) is the router log p_phi(z|x); w (B, T) are token weights;
-log_r (B, K) are responsibilities, labels that no gradient flows through. kl(q, p) takes its
-arguments in this order. A continuous z has n samples in the place of the K latents.
+log_r (B, K) are responsibilities, labels that no gradient flows through. A KL(q || p) takes q
+first. A continuous z has n samples in the place of the K latents.
 [1] Kingma & Welling 2014, arXiv 1312.6114      [2] Asano et al. 2020, arXiv 1911.05371
 [3] Cuturi 2013, arXiv 1306.0895                [4] Burda et al. 2016, arXiv 1509.00519
 [5] Hinton et al. 2015, arXiv 1503.02531
@@ -18,16 +18,11 @@ import torch.nn.functional as F
 
 
 # ------------------------------------------------------------- both kinds of z
-def expected(values, logq):
-    """sum_z q(z|x,y) values(z), exact: (B, K), (B, K) -> (B,). Gradients reach both arguments."""
-    return (logq.exp() * values).sum(dim=1)
-
-
 def reconstruction(logp_y, logq):
     """R = -sum_z q(z|x,y) log p(y|x,z) [1, eq. 3], exact: (B, K), (B, K) -> (B,). Gradients reach
     both arguments. With n samples of a continuous z and logq = -log n it is their mean, an estimate
     without bias; so it is with one draw and logq = 0."""
-    return expected(-logp_y, logq)
+    return -(logq.exp() * logp_y).sum(dim=1)
 
 
 def token_weights(b):
@@ -41,7 +36,7 @@ def token_weights(b):
 def token_weighted_reconstruction(token_nll, w, logq):
     """sum_z q(z|x,y) sum_t w_t l_t(z), where l_t(z) = -log p(y_t|x,z,y_<t):
     (B, K, T), (B, T), (B, K) -> (B,). Gradients reach token_nll and logq."""
-    return expected((token_nll * w[:, None]).sum(dim=2), logq)
+    return reconstruction(-(token_nll * w[:, None]).sum(dim=2), logq)
 
 
 # ------------------------------------------------------------- a discrete z
@@ -64,7 +59,7 @@ def router_support(logits, n_latents):
 
 def router_marginal_kl(logp_z, log_marginal, log_prior):
     """KL(m || prior) of m = mean_x p(z|x), written as the mean over x of
-    sum_z p(z|x) (log m(z) - log prior(z)): (B, K), (B, K), (K,) -> (B,).
+    sum_z p(z|x) (log m(z) - log prior(z)): (B, K) three times -> (B,), the last two rows repeated.
 
     log_marginal is log m, computed before over the whole batch, and detached. Value and gradient
     are exact all the same: what is missing, sum_z m d log m = d sum_z m, is 0. As an estimate over

@@ -94,7 +94,6 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.compiled = []  # the blocks once more, if compile() was called
         if config.z_dim:
             # E(z): one linear map would leave it to the blocks to tell apart what z means on two sides of a border
             self.embed_z = nn.Sequential(nn.Linear(config.z_dim, 4 * config.n_embd), nn.GELU(),
@@ -133,18 +132,14 @@ class GPT(nn.Module):
         states = [self.embed(ids)]
         if z is not None:
             states[0] = states[0] + (ids == Z_EMPTY)[..., None] * self.embed_z(z)[:, None]
-        if caches:  # of sampling: in float32, and not compiled, since their length changes with every token
+        if caches:  # of sampling: in float32
             for block, cache in zip(self.blocks, caches):
                 states.append(block(states[-1], cos, sin, mask, cache))
             return states
         with parallel.autocast():
-            for block in self.compiled or self.blocks:
+            for block in self.blocks:
                 states.append(block(states[-1], cos, sin, mask))
         return states
-
-    def compile(self):
-        """Fuses what lies between the matrix products of a block; takes a C++ compiler, and time at the start."""
-        self.compiled = [torch.compile(block, dynamic=True) for block in self.blocks]
 
     def logits(self, hidden):
         """Last stream (..., C) -> next-token logits (..., V)."""
@@ -283,13 +278,19 @@ class Pairs(NamedTuple):
     def rows(self, index):
         """The pairs at `index`, without columns that are padding in all of them."""
         ids = self.ids[index]
-        width = int((ids != PAD).sum(dim=1).max())
+        width = int((ids != PAD).any(dim=0).nonzero().max()) + 1
         return Pairs(ids[:, :width], self.starts[index], self.b[index][:, :width])
 
     def by_length(self, n_chunks):
         """Indices of the rows, in chunks of similar length, the longest first: little is spent on padding."""
         order = (self.ids != PAD).sum(dim=1).argsort(descending=True)
         return order.tensor_split(min(n_chunks, len(order)))
+
+
+def as_pairs(records, starts):
+    """Id lists, and for each the index of the first token after <y>, as Pairs of which no b is known."""
+    ids = pad(records)
+    return Pairs(ids, torch.tensor([*starts]), torch.zeros(ids.shape))
 
 
 def in_chunks(f, pairs, *more, size=16):
@@ -322,10 +323,10 @@ def y_nll(logits, ids, starts):
     return losses * ((t >= starts[:, None]) & (ids != PAD))
 
 
-def score_base(model, ids, starts):
-    """Teacher-forced y_nll of canonical records under a model without latents: (B, T) -> (B, T)."""
-    logits = model(ids)
-    return y_nll(torch.cat((logits[:, :1], logits[:, :-1]), dim=1), ids, starts)  # column 0 is <bos>, never in y
+def score_base(model, pairs):
+    """Teacher-forced y_nll of Pairs of B under a model without latents: (B, T)."""
+    logits = model(pairs.ids)  # column 0 is <bos>, never in y
+    return y_nll(torch.cat((logits[:, :1], logits[:, :-1]), dim=1), pairs.ids, pairs.starts)
 
 
 def insert_latents(ids, starts, latents):
@@ -365,12 +366,12 @@ def log_likelihood(model, pairs, *z):
     return in_chunks(lambda chunk, *z: -score_latents(model, chunk, *z)[0].sum(dim=2), pairs, *z)
 
 
-def score_router(model, ids, starts):
-    """What GPT.route says after '<bos> <x> ... </x> <z>', (B, V) or (B, 2 D), without the generator; ids (B, T) begin
-    with a canonical prompt, starts (B,) is the index of the first token after its <y>."""
-    ids, rows = ids[:, :int(starts.max())].clone(), torch.arange(len(ids), device=ids.device)
-    ids[rows, starts - 1] = Z  # in the place of <y>; what stands behind it is not seen, by causality
-    return model.route(model.hidden_states(ids)[-1][rows, starts - 1])
+def score_router(model, pairs):
+    """What GPT.route says after '<bos> <x> ... </x> <z>', without the generator: (B, V) or (B, 2 D). Of Pairs of B it
+    reads the canonical prompts alone."""
+    ids, rows = pairs.ids[:, :int(pairs.starts.max())].clone(), torch.arange(len(pairs.ids), device=pairs.ids.device)
+    ids[rows, pairs.starts - 1] = Z  # in the place of <y>; what stands behind it is not seen, by causality
+    return model.route(model.hidden_states(ids)[-1][rows, pairs.starts - 1])
 
 
 def fit_latent_section(model, pairs, steps, batch=32, lr=0.01):

@@ -5,7 +5,7 @@
 Likelihood cannot tell a latent that means one strategy for every x from one that means strategy A
 on half of the inputs and B on the other half. Clusters of the base's own responses can, if each
 response is described by how it differs from the others to the same x (cluster_responses). They are
-the first labels of the posterior, a linear map of a frozen base's states, which starts the rest.
+the first labels of the posterior, a linear map of a frozen base's states.
 [1] Cuturi 2013, arXiv 1306.0895 (Sinkhorn)     [2] Arthur & Vassilvitskii 2007 (k-means++)
 """
 import copy
@@ -90,11 +90,6 @@ class Posterior(nn.Module):
         return in_chunks(self.features, pairs)
 
     @torch.no_grad()
-    def infer(self, pairs):
-        """`forward` of any number of pairs, without gradient, in chunks side by side."""
-        return self.read(self.all_features(pairs))
-
-    @torch.no_grad()
     def fit_statistics(self, pairs):
         """Sets the bigram means, then mean and std of the features, to those of N `pairs`; returns
         the features (N, F)."""
@@ -145,8 +140,8 @@ class Cells(nn.Module):
     @torch.no_grad()
     def place(self, share, std):
         """For clusters of these shares (K,), and posteriors of standard deviation `std` around
-        their centres, which are the corners of a simplex around the origin of K - 1 dimensions, so far
-        out that z has variance 1 in every one of them, if the shares are equal. The offsets are
+        their centres. These are the corners of a simplex around the origin of K - 1 dimensions, so
+        far out that z has variance 1 in every one of them, if the shares are equal. The offsets are
         what Sinkhorn [1] adds to the scores of draws of N(0, I), in units of squared distance."""
         K, D = self.centres.shape
         simplex = torch.linalg.eigh(torch.ones(K, K))[1][:, :-1]
@@ -156,8 +151,8 @@ class Cells(nn.Module):
         shifted = balanced_responsibilities(scores, share.log(), iterations=1000)
         self.offset.copy_(std ** 2 * (shifted - scores)[0])  # up to a constant, the same for all
         if self(self.centres).tolist() != list(range(K)):
-            fail("config key 'z_dim': clusters of such unequal shares have no cells of their own in "
-                 "a continuous z; discrete latents (z_dim = 0) have")
+            fail("config key 'z_dim': clusters of such unequal shares have no cells of their own "
+                 "in a continuous z; discrete latents (z_dim = 0) have")
 
     def forward(self, z):
         """(N, D) -> (N,): which cell each z is in."""
@@ -249,17 +244,17 @@ def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, 
             chosen = torch.multinomial(distance, 1, generator=generator)
             centroids = torch.cat((centroids, few[chosen]))
         falling = [4.0 * 0.05 ** (i / 19) for i in range(20)]
-        r, _ = constrained_kmeans(few, centroids, falling, x_index, log_p, weight, log_prior)
+        mass, _ = constrained_kmeans(few, centroids, falling, x_index, log_p, weight, log_prior)
         for d in dims:
-            centroids = (r.T @ u[:, :d]) / r.sum(dim=0)[:, None]
-            r, scatter = constrained_kmeans(u[:, :d], centroids, 4 * [0.2], x_index, log_p, weight,
-                                            log_prior)
-        return scatter, r
+            centroids = (mass.T @ u[:, :d]) / mass.sum(dim=0)[:, None]
+            mass, scatter = constrained_kmeans(u[:, :d], centroids, 4 * [0.2], x_index, log_p,
+                                               weight, log_prior)
+        return scatter, mass
 
     seeds = torch.randint(2 ** 62, (restarts,), generator=generator).tolist()
     found = map_chunks(restart, seeds)
-    best = min(found, key=lambda scatter_and_r: scatter_and_r[0])[1]
-    same = [agreement(r, best, weight) > 0.98 for _, r in found]
+    best = min(found, key=lambda scatter_and_mass: scatter_and_mass[0])[1]
+    same = [agreement(mass, best, weight) > 0.98 for _, mass in found]
     return (best / weight[:, None]).log(), sum(same) / restarts
 
 
@@ -271,15 +266,15 @@ def constrained_kmeans(u, centroids, temperatures, x_index, log_p, weight, log_p
     for temperature in temperatures:
         scores = -torch.cdist(u, centroids).square() / temperature
         log_r = balanced_responsibilities(scores, log_prior, x_index, log_p, iterations=10)
-        r = log_r.exp() * weight[:, None]
-        centroids = (r.T @ u) / r.sum(dim=0)[:, None]
-    return r, (r * torch.cdist(u, centroids).square()).sum().item()
+        mass = log_r.exp() * weight[:, None]
+        centroids = (mass.T @ u) / mass.sum(dim=0)[:, None]
+    return mass, (mass * torch.cdist(u, centroids).square()).sum().item()
 
 
 def agreement(r, other, weight):
     """Share of the responses, by weight (N,), that lie in the same cluster in both r and other
-    (N, K), whatever the clusters are called: each cluster of one goes with the cluster of the other
-    that shares most with it. Both directions count, so that no two clusters go with the same one."""
+    (N, K), whatever the clusters are called: each cluster of one goes with the cluster of the
+    other that shares most with it, in both directions, so that no two go with the same one."""
     K = r.shape[1]
     a, b = (F.one_hot(each.argmax(dim=1), K).to(weight.dtype) for each in (r, other))
     overlap = (a * weight[:, None]).T @ b  # (K, K)

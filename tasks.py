@@ -158,7 +158,6 @@ def on_numbers(f, *separators):
     return lambda x: f(*read_numbers(x, separators))
 
 
-# -----------------------------------------------------------------------------------------------------------------
 def list_summation(min_len=4, max_len=5, max_value=9):
     """x = 3 5 2 7
     left-to-right   3 + 5 = 8 ; 8 + 2 = 1 0 ; 1 0 + 7 = 1 7 ; ans 1 7
@@ -194,7 +193,6 @@ def list_summation(min_len=4, max_len=5, max_value=9):
                        "pairwise": lambda x: pairwise([int(t) for t in x])})
 
 
-# -----------------------------------------------------------------------------------------------------------------
 # Each algorithm sorts a list in place, and yields after every step.
 def swap(a, i, j):
     a[i], a[j] = a[j], a[i]
@@ -282,7 +280,6 @@ def sorting_algorithms(min_len=4, max_len=6, max_value=9):
     return task
 
 
-# -----------------------------------------------------------------------------------------------------------------
 def grid_pathfinding(side=16, max_distance=5):
     """x = 3 4 to 5 6 (start row and column, goal row and column); each step is a move and the cell it reaches
     right-first     right 3 5 ; right 3 6 ; down 4 6 ; down 5 6 ; ans 4      (the answer: the length of the path)
@@ -323,7 +320,6 @@ def grid_pathfinding(side=16, max_distance=5):
                        "alternating": lambda x: walk(x, alternating(*distances(x)))})
 
 
-# -----------------------------------------------------------------------------------------------------------------
 def linear_equation_solving(max_factor=9, max_root=12, max_offset=30):
     """x = 3 x + 5 = 2 0
     subtract-then-divide   3 x = 2 0 - 5 ; 3 x = 1 5 ; x = 1 5 / 3 ; x = 5 ; ans 5
@@ -368,7 +364,6 @@ def linear_equation_solving(max_factor=9, max_root=12, max_offset=30):
                        "inverse-ops": inverse_ops})
 
 
-# -----------------------------------------------------------------------------------------------------------------
 def base_conversion(min_value=16, max_value=511):
     """x = 1 8 2 base 1 6
     repeated-division   1 8 2 / 1 6 = 1 1 r 6 ; 1 1 / 1 6 = 0 r b ; ans b 6             (remainders, last one first)
@@ -418,7 +413,6 @@ def base_conversion(min_value=16, max_value=511):
                        "decomposition": on_numbers(decomposition, "base")})
 
 
-# -----------------------------------------------------------------------------------------------------------------
 def multidigit_addition(min_digits=1, max_digits=2):
     """x = 4 7 + 3 8
     right-to-left-carry      7 + 8 + 0 = 5 carry 1 ; 4 + 3 + 1 = 8 carry 0 ; ans 8 5

@@ -20,7 +20,7 @@ from harness import config, parallel, runs
 from harness.config import Count, fail
 from harness.optim import make_optimizers, set_learning_rates, update
 from harness.parallel import seeded, sum_chunks
-from model import GPT, GPTConfig, pad, sample_in_batches, score_base
+from model import GPT, GPTConfig, as_pairs, sample_in_batches, score_base
 from tasks import TASK_FUNCTIONS, TASKS, Tokenizer
 
 
@@ -37,7 +37,7 @@ class Config:
     steps: Count = 3000  # gradient steps
     batch_size: Count = 64  # records a step, at most: every input comes with one record of each strategy
     crop: int = 0  # tokens of y to which the records of 3 in 4 training inputs are cut; 0: none is cut
-    chunks: Count = 8  # of a batch, by length: little padding, work for every thread, less memory; the same gradient
+    chunks: Count = 8  # pieces of a batch, of records of similar length; the gradient is the same
     optimizer: Literal["muon", "adamw"] = "muon"  # Muon with AdamW for embedding and head, or AdamW for all
     lr: float = 0.01  # peak learning rate of Muon's matrices
     adamw_lr: float = 0.01  # peak learning rate of AdamW's parameters
@@ -50,7 +50,6 @@ class Config:
     threads: Count = 2  # CPU threads
     device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA alone
-    compile: bool = False  # fuse the blocks by torch.compile: faster, after slow first steps; takes a C++ compiler
     save_every: Count = 500  # steps between saved states, from which an interrupted run can go on
     resume: bool = False  # go on from the last saved state, if there is one
     overwrite: bool = False  # start again in a folder that holds a run
@@ -96,7 +95,7 @@ def validate(model, task, tokenizer, mixture, size, seed, split):
     rng, n_inputs = random.Random(f"validation {seed}"), math.ceil(size / len(mixture))
     records, starts = record_batch(task, tokenizer, mixture, rng, n_inputs, split)
     weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs
-    nll = (weights @ score_base(model, pad(records), torch.tensor(starts)).sum(dim=1)).item()
+    nll = (weights @ score_base(model, as_pairs(records, starts)).sum(dim=1)).item()
     xs = [task.sample_input(rng, split) for _ in range(size)]
     ys = sample_ys(model, tokenizer, [tokenizer.prompt(x) for x in xs], seeded(seed))
     found = [task.attribute(x, y) for x, y in zip(xs, ys)]
@@ -118,29 +117,26 @@ def sample_ys(model, tokenizer, prompts, generator, temperature=1.0, z=None):
 
 
 def training_batch(task, tokenizer, mixture, cfg, step):
-    """The records of a step and their prompts' lengths: a function of (seed, step) alone."""
+    """The records of a step, as model.Pairs: a function of (seed, step) alone."""
     rng, n_inputs = random.Random(f"base {cfg.seed} {step}"), cfg.batch_size // len(mixture)
     records, starts = record_batch(task, tokenizer, mixture, rng, n_inputs, "train")
     check_lengths(records, cfg.block_size)
     if cfg.crop:  # strategies part in the first steps of a trace, and the later ones are soon learned
         records = [record[:start + cfg.crop] if i // len(mixture) % 4 else record
                    for i, (record, start) in enumerate(zip(records, starts))]
-    return records, starts
+    return as_pairs(records, starts)
 
 
-def gradient(model, records, starts, weights, n_chunks):
-    """The cross-entropy of y (nats a sequence), averaged over records by their weights, and its gradient, a tensor for
+def gradient(model, pairs, weights, n_chunks):
+    """The cross-entropy of y (nats a sequence), summed over pairs with `weights` (N,), and its gradient, a tensor for
     every parameter; computed in chunks of similar length, side by side."""
     parameters = list(model.parameters())
-    order = torch.tensor([len(record) for record in records]).argsort(descending=True)
 
     def of_chunk(rows):
-        ids, first = pad([records[i] for i in rows]), torch.tensor([starts[i] for i in rows])
-        nll = weights[rows] @ score_base(model, ids, first).sum(dim=1)
+        nll = weights[rows] @ score_base(model, pairs.rows(rows)).sum(dim=1)
         return nll.detach(), *torch.autograd.grad(nll, parameters)
 
-    n_chunks = min(max(n_chunks, parallel.processes), len(records))
-    nll, *gradients = sum_chunks(of_chunk, order.tensor_split(n_chunks))
+    nll, *gradients = sum_chunks(of_chunk, pairs.by_length(max(n_chunks, parallel.processes)))
     return nll.item(), gradients
 
 
@@ -166,13 +162,11 @@ def train(cfg):
     parallel.start(cfg.threads, cfg.device, cfg.precision)
     torch.manual_seed(cfg.seed)
     task = make_task(cfg.task, cfg.task_sizes)
-    mixture, tokenizer, scores = check(cfg, task), Tokenizer(task.vocab), None
+    mixture, tokenizer = check(cfg, task), Tokenizer(task.vocab)
     floor = -sum(w * math.log(w) for w in mixture.values())
     n_inputs = cfg.batch_size // len(mixture)
     weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs  # of the records of a batch
     model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
-    if cfg.compile:
-        model.compile()
     parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
     with runs.Run(cfg) as run:
         run.begin()
@@ -181,8 +175,8 @@ def train(cfg):
         bar = run.steps()
         for step in bar:
             set_learning_rates(optimizers, step, cfg)
-            records, starts = training_batch(task, tokenizer, mixture, cfg, step)
-            loss, gradients = gradient(model, records, starts, weights, cfg.chunks)
+            pairs = training_batch(task, tokenizer, mixture, cfg, step)
+            loss, gradients = gradient(model, pairs, weights, cfg.chunks)
             run.check_finite(step, {"cross-entropy": loss}, gradients)
             update(optimizers, parameters, gradients)
             if run.due(step):
@@ -190,12 +184,11 @@ def train(cfg):
                 scores = {"floor": floor, **validate(model, task, tokenizer, mixture, size, cfg.seed, "validation"),
                           "minutes": run.minutes}
                 run.log({"step": step + 1, "loss": loss, **scores})
-                if bar.disable:
-                    print(f"{cfg.name} step {step + 1}/{cfg.steps}: loss {loss:.3f}, held-out {scores['nll']:.3f}, "
+                bar.write(f"{cfg.name} step {step + 1}/{cfg.steps}: loss {loss:.3f}, held-out {scores['nll']:.3f}, "
                           f"floor {floor:.3f}, valid traces {scores['valid_trace_rate']:.3f}, "
-                          f"{scores['minutes'] * (cfg.steps / (step + 1) - 1):.1f} min left", flush=True)
-            if scores:
-                bar.set_postfix_str(f"loss {loss:.3f} floor {floor:.3f} valid {scores['valid_trace_rate']:.3f}")
+                          f"{scores['minutes'] * (cfg.steps / (step + 1) - 1):.1f} min left")
+                sys.stdout.flush()
+            bar.set_postfix_str(f"loss {loss:.3f}, floor {floor:.3f}", refresh=False)
             run.end_of_step(step, lambda: runs.training_state(model, optimizers))
         c_base = scores["nll"]
         scores |= validate(model, task, tokenizer, mixture, cfg.final_eval_size, cfg.seed, "test") | {"c_base": c_base}
@@ -231,14 +224,13 @@ def get_base(cfg, config_path):
         print(f"{path} is missing: training the base model first (python train_base.py {config_path})", flush=True)
         train(cfg)
     base, task, checkpoint = load_base(path)
-    another_model = ("task", "task_sizes", "strategy_weights", "n_layer", "n_head", "n_embd", "block_size")
-    another_run = ("steps", "batch_size", "crop", "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "seed")
-    for key in another_model + another_run:
-        if checkpoint["config"][key] != getattr(cfg, key):
-            differs = (f"'{path}' was trained with {key} = {checkpoint['config'][key]!r}, but {config_path} says "
-                       f"{getattr(cfg, key)!r}")
-            if key in another_model:
-                fail(f"{differs}; remove the checkpoint or change the config")
+    for key in ("task", "task_sizes", "strategy_weights", "n_layer", "n_head", "n_embd", "block_size", "steps",
+                "batch_size", "crop", "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "seed"):
+        was, is_now = checkpoint["config"][key], getattr(cfg, key)
+        differs = f"'{path}' was trained with {key} = {was!r}, but {config_path} says {is_now!r}"
+        if was != is_now and key in ("task", "task_sizes", "strategy_weights", *checkpoint["model_config"]):
+            fail(f"{differs}; remove the checkpoint or change the config")
+        if was != is_now:
             print(f"{differs}: used as it is", flush=True)
     return base, task, checkpoint
 

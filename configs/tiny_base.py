@@ -11,6 +11,4 @@ batch_size = 32
 eval_every = 120
 eval_size = 64
 final_eval_size = 64
-chunks = 1
 warmup = 20
-threads = 1

@@ -10,4 +10,3 @@ cluster_responses = 8
 cell_steps = 40
 eval_every = 20
 eval_inputs = 32
-threads = 1

@@ -11,4 +11,3 @@ responsibility_steps = 20
 eval_every = 20
 eval_inputs = 32
 eval_samples = 4
-threads = 1

@@ -1,8 +1,7 @@
 """Reads a config: a dataclass's defaults, then a Python file of plain assignments, then --key=value flags.
 
-The dataclass is the schema. The type of a field says which values it takes: int and float take no negative number,
-`Count` is at least 1, `at_least(2)` and `between(0.1, 0.9)` say their limits, `Weight` takes any sign, and a Literal
-takes what it lists. A user's mistake ends the program with one line and exit code 1, without a traceback.
+The dataclass is the schema. The type of a field says which values it takes: int and float are at least 0, `Count` at
+least 1, `at_least(2)` and `between(0.1, 0.9)` say their limits, `Weight` takes any sign, a Literal what it lists.
 """
 import ast
 import dataclasses
@@ -13,7 +12,6 @@ import runpy
 import sys
 import types
 from typing import Annotated, Literal, get_args, get_origin
-
 
 LARGEST = 1e12  # beyond it, nothing that a key means is left
 
@@ -33,13 +31,6 @@ Weight = between(-LARGEST, LARGEST)
 def fail(message):
     """Ends the program with one line on stderr and exit code 1: for mistakes of the user, not of the programmer."""
     sys.exit(f"error: {message}")
-
-
-def check_key(key, names):
-    if key not in names:
-        close = difflib.get_close_matches(key, names, n=1)
-        hint = f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"
-        fail(f"unknown config key '{key}'{hint}")
 
 
 def check_value(key, value, kind):
@@ -111,7 +102,10 @@ def load(script, argv):
         if kinds.get(key) is str:
             assigned[key] = text
     for key, value in assigned.items():
-        check_key(key, list(kinds))
+        if key not in kinds:
+            close = difflib.get_close_matches(key, kinds, n=1)
+            hint = f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(kinds)}"
+            fail(f"unknown config key '{key}'{hint}")
         values[key] = check_value(key, value, kinds[key])
     if values["name"] != os.path.basename(values["name"]) or values["name"] in ("", ".", ".."):
         fail(f"config key 'name' names a folder in out/, got '{values['name']}'")

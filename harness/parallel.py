@@ -31,8 +31,6 @@ def start(n_threads, device="cpu", precision="float32"):
     here = [each for each in there if there[each]]
     if device not in ("auto", *here):
         fail(f"config key 'device' is 'auto' or, on this machine, {' or '.join(here)}; got '{device}'")
-    if precision not in ("auto", "float32", "bfloat16"):
-        fail(f"config key 'precision' is 'auto', 'float32' or 'bfloat16'; got '{precision}'")
     kind = here[0] if device == "auto" else device
     bfloat16 = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
     place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)

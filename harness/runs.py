@@ -25,15 +25,9 @@ VERSIONS = {"base": 2, "factorization": 4, "state": 3}  # of what a checkpoint o
 
 
 class Run:
-    """The run of a config in out/<name>, as a context: `with Run(cfg) as run:` refuses a folder that holds another run,
-    unless cfg says to go on with it or to start again, and listens for signals until the end.
-
-        run.state        what an interrupted run saved, or None: the run begins at step 0
-        run.begin()      makes the folder, or takes it back to the saved state
-        run.log(entry)   adds a line to log.jsonl
-        run.end_of_step(step, content)    saves content(), if it is time to, and stops if a signal asked for it
-        run.finish(checkpoint)            writes ckpt.pt
-    """
+    """The run of a config in out/<name>. `with Run(cfg) as run:` refuses a folder that holds another run, unless cfg
+    says to go on with it or to start again, and listens for signals until the end. run.state is what an interrupted run
+    saved, or None. run.begin() comes first, run.end_of_step(...) after every step, run.finish(checkpoint) last."""
 
     def __init__(self, cfg):
         self.cfg, self.folder, self.signals = cfg, os.path.join("out", cfg.name), []
@@ -78,6 +72,7 @@ class Run:
             fail(f"'{self.folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
 
     def begin(self):
+        """Makes the folder, or takes its log back to the saved state."""
         self.started = time.time() - 60 * (self.state["minutes"] if self.state else 0)
         parallel.barrier()  # until every process has seen what was there
         if parallel.rank:
@@ -115,8 +110,8 @@ class Run:
         """Stops the run in one line when a term, name -> value, or a gradient is not finite; the last state stays."""
         bad = [f"term {name}" for name, value in terms.items() if not math.isfinite(value)]
         if bad or not all(g is None or g.isfinite().all() for g in gradients):
-            kept = f"'{self.state_path}' holds the last steps saved" if os.path.exists(self.state_path) else \
-                "nothing was saved"
+            saved = os.path.exists(self.state_path)
+            kept = f"'{self.state_path}' holds the last steps saved" if saved else "nothing was saved"
             fail(f"step {step + 1}: {(bad or ['a gradient'])[0]} is not finite; {kept}")
 
     def end_of_step(self, step, content):

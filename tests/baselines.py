@@ -4,8 +4,8 @@
     python tests/baselines.py clusters configs/grid_discrete.py --seed=0 > assets/results/clusters/grid_seed0.json
     python tests/baselines.py two_tasks tests/two_tasks_discrete.py --seed=0
 
-`supervised` is factorize.py with the true strategies as labels, in place of clusters, held labels and responsibilities:
-what the generator reaches in as many steps when somebody tells it. `clusters` needs no generator: it shares out the
+`supervised` is factorize.py with the true strategies as labels, in place of the clusters' and of responsibilities: what
+the generator reaches in as many steps when somebody tells it. `clusters` needs no generator: it shares out the
 recipe's own responses of the base, once by k-means on mean hidden states, raw or minus their mean over the responses to
 the same x, and once as the recipe does, and prints how much of the responses' probability is in the right cluster; and,
 for 2 to 7 clusters, which share of the recipe's restarts agree.
@@ -20,36 +20,39 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import configs
 import evaluate
 import factorize
-import metrics
-import parallel
-from model import in_pieces
-from posterior import Posterior, cluster_responses, one_to_one_matching
+from harness import config, parallel, runs
+from harness.parallel import seeded
+from model import in_chunks
+from posterior import Posterior, start_posterior
 from tasks import TASK_FUNCTIONS, TASKS, Task, Tokenizer
-from train_base import provenance, write_result
+from train_base import get_base
 
 TWO = {"grid": TASKS["grid_pathfinding"], "equation": TASKS["linear_equation_solving"]}
 
 
-def strategies_of(task, tokenizer, pairs):
+def nearest_strategies(task, tokenizer, pairs):
     """(N,) index of the strategy of every pair, the nearest one where y follows none."""
-    both = zip(metrics.inputs(tokenizer, pairs), metrics.solutions(tokenizer, pairs))
-    return torch.tensor([task.strategies.index(task.nearest_strategy(x, y)) for x, y in both])
+    rows = zip(pairs.ids.tolist(), pairs.starts.tolist())
+    both = [(tokenizer.decode(ids[2:start - 2]), tokenizer.solution(ids[start:])) for ids, start in rows]
+    return evaluate.indices(task, [task.nearest_strategy(x, y) for x, y in both])
 
 
 def supervised(cfg):
-    _, task, _ = factorize.get_base(cfg)
-    tokenizer = Tokenizer(task.vocab)
+    _, task, _ = get_base(factorize.load_base_config(cfg), cfg.base)
+    tokenizer, label_pool = Tokenizer(task.vocab), factorize.label_pool
 
-    def label(model, q, pool, cfg, step, log_prior):
-        labels = F.one_hot(strategies_of(task, tokenizer, pool), len(task.strategies))
-        return q(pool), labels.float().log().clamp(min=-1e4)
+    def with_truth(model, q, pool, stage, *more):
+        labels = label_pool(model, q, pool, "ELBO", *more)  # which has none of its own
+        if stage != "ELBO":
+            truth = F.one_hot(nearest_strategies(task, tokenizer, pool), len(task.strategies))
+            labels["log_r"] = truth.float().log().clamp(min=-1e4)
+        return labels
 
-    factorize.label = label
-    steps = cfg.held_steps + cfg.responsibility_steps
-    cfg = dataclasses.replace(cfg, cluster_inputs=0, held_steps=0, responsibility_steps=steps)
+    factorize.label_pool = with_truth
+    steps = cfg.fixed_label_steps + cfg.responsibility_steps
+    cfg = dataclasses.replace(cfg, cluster_inputs=0, fixed_label_steps=0, responsibility_steps=steps)
     evaluate.evaluate(factorize.factorize(cfg))
 
 
@@ -67,34 +70,33 @@ def kmeans(u, K, generator, restarts=20, iterations=100):
 
 def clusters(cfg):
     parallel.start(cfg.threads)
-    base, task, _ = factorize.get_base(cfg)
-    tokenizer, K = Tokenizer(task.vocab), len(task.strategies)
-    n, generator = cfg.cluster_responses, torch.Generator().manual_seed(cfg.seed)
-    pairs = factorize.draw_pairs(base, task, tokenizer, cfg.cluster_inputs, n, f"clusters {cfg.seed}")
-    truth = strategies_of(task, tokenizer, pairs)
+    base, task, _ = get_base(factorize.load_base_config(cfg), cfg.base)
+    K, n, generator = len(task.strategies), cfg.cluster_responses, seeded(cfg.seed)
+    pairs = factorize.sample_responses(base, task, cfg.cluster_inputs, n, f"clusters {cfg.seed}")
+    truth = nearest_strategies(task, Tokenizer(task.vocab), pairs)
     torch.manual_seed(cfg.seed)
     q = Posterior(base, K)
 
-    def pooled(piece):
-        h, _, mask = q.states(piece)
+    def pooled(chunk):
+        h, _, mask = q.states(chunk)
         return (mask[:, None] / mask.sum(dim=1)[:, None, None] @ h)[:, 0]
 
     def right(found):
         C = F.one_hot(found, K).float().T @ F.one_hot(truth, K).float() / len(truth)
-        return one_to_one_matching(C)[0]
+        return evaluate.one_to_one_matching(C)[0]
 
-    features = in_pieces(pooled, pairs)
+    features = in_chunks(pooled, pairs)
     centred = features - features.view(-1, n, features.shape[1]).mean(dim=1).repeat_interleave(n, dim=0)
     shares = {f"kmeans_{name}": right(kmeans(u / u.std(dim=0).clamp(min=1e-6), K, generator))
               for name, u in (("raw", features - features.mean(dim=0)), ("centred", centred))}
-    factorize.draw_pairs = lambda *args: pairs  # what start_posterior would draw
     for n_clusters in sorted({*range(2, 8), K}):
         posterior = q if n_clusters == K else Posterior(base, n_clusters)
-        shares[f"agreement_{n_clusters}"] = factorize.start_posterior(posterior, base, task, tokenizer, cfg,
-                                                                      torch.zeros(n_clusters).log_softmax(dim=0))
-    shares["linear_posterior"] = right(q(pairs).argmax(dim=1).detach())
-    config = dataclasses.asdict(cfg)
-    print(json.dumps({"config": config, "seed": cfg.seed, **provenance(), "metrics": shares}, indent=1))
+        shares[f"agreement_{n_clusters}"] = start_posterior(
+            posterior, pairs, torch.arange(len(pairs.ids)) // n, torch.zeros(n_clusters).log_softmax(dim=0),
+            seeded(cfg.seed), cfg.cluster_restarts, cfg.posterior_std)
+    shares["linear_posterior"] = right(q.read(q.all_features(pairs)).argmax(dim=1))
+    print(json.dumps({"config": dataclasses.asdict(cfg), "seed": cfg.seed, **runs.provenance(), "metrics": shares},
+                     indent=1))
 
 
 def grids_and_equations():
@@ -114,14 +116,14 @@ def grids_and_equations():
 def two_tasks(cfg):
     folder = factorize.factorize(cfg)
     checkpoint, _, task, tokenizer, model, _ = evaluate.load_run(folder)
-    xs = metrics.different_inputs(task, 2 * cfg.eval_inputs, test=True)
-    found = {name: metrics.controlled(model, task, tokenizer, [x for x in xs if not one.check(x)], seed=0)[0]
+    xs = evaluate.different_inputs(task, 2 * cfg.eval_inputs, "test")
+    found = {name: evaluate.controlled(model, task, tokenizer, [x for x in xs if not one.check(x)], seed=0)[0]
              for name, one in TWO.items()}
-    write_result(folder, checkpoint["config"], checkpoint["made_with"], found)
+    runs.write_result(folder, checkpoint["config"], checkpoint["made_with"], found)
     print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
     TASK_FUNCTIONS["grids_and_equations"], TASKS["grids_and_equations"] = grids_and_equations, grids_and_equations()
     what, *flags = sys.argv[1:]
-    {"supervised": supervised, "clusters": clusters, "two_tasks": two_tasks}[what](configs.load(factorize, flags))
+    {"supervised": supervised, "clusters": clusters, "two_tasks": two_tasks}[what](config.load(factorize, flags))

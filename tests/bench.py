@@ -3,6 +3,7 @@
     python tests/bench.py                             # about 11 minutes; tests/tables.py reads what it writes
     python tests/bench.py configs/grid_discrete.py    # another run, with a trained base, in the rows about factorizing
     python tests/bench.py profile                     # where the time goes, operation by operation
+    python tests/bench.py steps ../other out/grid_base/ckpt.pt    # seconds a step, beside another checkout's
 
 Alternatives take turns in one process, so that whatever else the machine does meets all of them. A ratio is the median
 over the rounds, its spread the least and the largest. Each alternative says how much work it did, and all must agree.
@@ -11,15 +12,18 @@ Weights are untrained where only time counts. Without transformers, which nothin
 import contextlib
 import copy
 import dataclasses
+import glob
 import io
 import json
 import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 
@@ -30,16 +34,15 @@ from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import configs
 import factorize
-import losses
-import parallel
-from model import GPT, GPTConfig, Pairs, pad, sample_in_batches, score_base
-from parallel import in_threads, sum_pieces
+import train_base
+from harness import config, parallel
+from harness.parallel import in_threads
+from harness.runs import current_commit, write_json
+from model import GPT, GPTConfig, Pairs, as_pairs, sample_in_batches
 from posterior import Posterior
-from tables import bench_table, profile_table
+from tables import RENAMED, bench_table, profile_table
 from tasks import BOS, EOS, PAD, SPECIALS, TASKS, Tokenizer
-from train_base import current_commit, load_base, record_batch, write_json
 
 try:
     import transformers
@@ -161,27 +164,21 @@ def bench_sampling(size, rows):
 
 
 def records(n, length):
-    """n records of sorting, cut to the same length."""
+    """n records of sorting, cut to the same length, as model.Pairs."""
     rng, found = random.Random(0), []
     while len(found) < n:
-        ids, starts = record_batch(TASK, TOKENIZER, TASK.strategies, rng, 1, test=False)
+        ids, starts = train_base.record_batch(TASK, TOKENIZER, TASK.strategies, rng, 1, "train")
         found += [(r[:length], s) for r, s in zip(ids, starts) if len(r) >= length]
-    ids, starts = zip(*found[:n])
-    return Pairs(pad(ids), torch.tensor(starts), torch.zeros(n, length))
+    return as_pairs(*zip(*found[:n]))
 
 
 def base_gradient(model, pairs):
-    """The gradient of train_base.py, pieces side by side, without the optimizer; returns the number of records."""
-    parameters = list(model.parameters())
-
-    def gradient(rows):
-        piece = pairs.rows(rows)
-        nll = score_base(model, piece.ids, piece.starts).sum() / len(pairs.ids)
-        return torch.autograd.grad(nll, parameters)
-
-    for parameter, total in zip(parameters, sum_pieces(gradient, pairs.by_length(CHUNKS))):
-        parameter.grad = total
-    return len(pairs.ids)
+    """The gradient of train_base.py, without the optimizer; returns the number of records."""
+    n = len(pairs.ids)
+    _, gradients = train_base.gradient(model, pairs, torch.full((n,), 1 / n), CHUNKS)
+    for parameter, gradient in zip(model.parameters(), gradients):
+        parameter.grad = gradient
+    return n
 
 
 def with_autocast(model, pairs):
@@ -192,39 +189,41 @@ def with_autocast(model, pairs):
     return n
 
 
-def products_alone(model, pairs):
+def products_alone(model, ids):
     """A function that does the matrix products of base_gradient, forward and both of backward, and nothing else."""
-    n = len(pairs.ids) // CHUNKS  # records a piece
-    positions = n * pairs.ids.shape[1]
+    n = len(ids) // CHUNKS  # records a chunk
+    positions = n * len(ids[0])
     layers = [(w.detach(), torch.randn(positions, w.shape[1]), torch.randn(positions, w.shape[0]))
               for w in linear_weights(model)]
 
-    def piece(_):
+    def chunk(_):
         for w, x, _ in layers:
             x @ w.T
         for w, x, g in reversed(layers):
             g @ w, g.T @ x
         return n
 
-    return lambda: sum(in_threads(piece, range(CHUNKS)))
+    return lambda: sum(in_threads(chunk, range(CHUNKS)))
 
 
 def bench_base(size, rows):
     """The base's gradient of 128 records of 64 tokens."""
     pairs, model = records(128, 64), GPT(GPTConfig(len(TOKENIZER), **SIZES[size]))
     half, compiled = copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model)
-    compiled.compile()
-    alternatives = {"ours": lambda: base_gradient(model, pairs), "products": products_alone(model, pairs),
+    half.head.register_forward_hook(lambda module, hidden, logits: logits.float())  # the loss needs float32
+    for block in compiled.blocks:
+        block.compile(dynamic=True)
+    alternatives = {"ours": lambda: base_gradient(model, pairs), "products": products_alone(model, pairs.ids),
                     "bfloat16 autocast": lambda: with_autocast(model, pairs),
                     "a copy in bfloat16": lambda: base_gradient(half, pairs),
                     "torch.compile": lambda: base_gradient(compiled, pairs)}
     if transformers:
-        theirs = gpt2(model).train()
+        theirs, their_ids = gpt2(model).train(), pairs.ids
 
         def their_gradient():
             theirs.zero_grad()
-            theirs(input_ids=pairs.ids, labels=pairs.ids).loss.backward()
-            return len(pairs.ids)
+            theirs(input_ids=their_ids, labels=their_ids).loss.backward()
+            return len(their_ids)
 
         alternatives["transformers"] = lambda: on_cores(THREADS, their_gradient)
     seconds = side_by_side(alternatives, 3 * ROUNDS if size == SMALL else ROUNDS)
@@ -238,57 +237,56 @@ def bench_base(size, rows):
     rows[f"torch.compile, {size}: not compiled"] = row(seconds["torch.compile"], ours, "", "records/s", n)
 
 
-def elbo_gradient(model, q, batch, cfg, c_base=1.0, recompute=False):
-    """The gradient of factorize.py in its last stage, the terms that have a weight by default; returns how many records
-    go through a model: K a pair through the generator, and one, without gradient, through the posterior."""
-    logq = q(batch)  # (B, K)
-    n, n_latents = logq.shape
-    z, w = torch.arange(n_latents).expand(n, -1), losses.token_weights(batch.b)
-    (logp_y, _, _, router), backward = factorize.score_batch(model, batch, z, w, cfg.chunks, recompute)
-    J = (losses.reconstruction(logp_y, logq).mean() / c_base
-         + cfg.beta * losses.categorical_kl(logq, F.log_softmax(router[:, -n_latents:], dim=1)).mean()
-         + cfg.router_support_weight * losses.router_support(router, n_latents).mean())
-    J.backward()
-    backward()
-    return n * (n_latents + 1)
+def elbo_gradient(model, q, batch, cfg, c_base=1.0):
+    """The gradient of factorize.py in its last stage, with what is prepared for it; returns how many records go through
+    a model: K a pair through the generator, and one, without gradient, through the posterior."""
+    n_latents, terms = model.config.n_latents, factorize.term_weights(cfg, "ELBO", c_base)
+    log_prior = torch.zeros(n_latents).log_softmax(dim=0)
+    labels = factorize.label_pool(model, q, batch, "ELBO", cfg, log_prior, None)
+    batch, labels = factorize.take_batch(model, batch, labels, slice(None), "ELBO", cfg, terms, log_prior, None)
+    parameters = [p for p in (*model.parameters(), *q.parameters()) if p.requires_grad]
+    factorize.gradient(model, q, batch, labels, "ELBO", terms, parameters, cfg.chunks)
+    return len(batch.ids) * (n_latents + 1)
 
 
 def bench_elbo(cfg, path, rows):
     """Beside the base's gradient of as many records of the same lengths; the generator's have '<z> z </z>' besides. The
     base is trained, for the lengths of its samples."""
-    base, task, checkpoint = load_base(path)
-    pool = factorize.draw_pairs(base, task, Tokenizer(task.vocab), cfg.pool_size, 1, "pool")
-    model, q, batch = base.with_latents(K, pool, steps=0), Posterior(base, K), pool.rows(slice(cfg.batch_size))
+    base, task, checkpoint = train_base.load_base(path)
+    pool = factorize.sample_responses(base, task, cfg.pool_size, 1, "pool")
+    model, q, batch = base.with_latents(K), Posterior(base, K), pool.rows(slice(cfg.batch_size))
+    copy_of_base = copy.deepcopy(base).requires_grad_(True)
     copies = Pairs(*(torch.cat((K + 1) * [tensor]) for tensor in batch))
     seconds = side_by_side({"elbo": lambda: elbo_gradient(model, q, batch, cfg, checkpoint["c_base"]),
-                            "base": lambda: base_gradient(base, copies)}, 2 * ROUNDS)
+                            "base": lambda: base_gradient(copy_of_base, copies)}, 2 * ROUNDS)
     rows[f"ELBO gradient, K = {K}: base gradient of as many records"] = row(
         seconds["elbo"], seconds["base"], "<= 1.1")
 
 
 def bench_pools(cfg, rows):
     """Seconds that the loop of a run spends on sampling pairs. A round is a short run, a pool in every stage, whose log
-    says when each step was over; the stages then count as the run's own. Clusters and looks are left out."""
-    stages = {"held": cfg.held_steps, "responsibilities": cfg.responsibility_steps}
+    says when each step was over; the stages then count as the run's own. Clusters and evaluations are left out."""
+    stages = {"fixed labels": cfg.fixed_label_steps, "responsibilities": cfg.responsibility_steps}
     stages["ELBO"] = cfg.steps - sum(stages.values())
-    a_pool, draw_pairs, sampling, whole = cfg.pool_size // cfg.batch_size, factorize.draw_pairs, [], []
-    flags = {"name": "bench", "overwrite": True, "n_latents": K, "cluster_inputs": 0, "slot_steps": 1, "look_inputs": 2,
-             "steps": 4 * a_pool, "held_steps": 2 * a_pool, "responsibility_steps": a_pool}  # the first pool: warm-up
+    a_pool, sample_responses, sampling, whole = cfg.pool_size // cfg.batch_size, factorize.sample_responses, [], []
+    flags = {"name": "bench", "overwrite": True, "n_latents": K, "cluster_inputs": 0, "section_steps": 1,
+             "validation_inputs": 2, "steps": 4 * a_pool, "fixed_label_steps": 2 * a_pool,  # the first pool: warm-up
+             "responsibility_steps": a_pool}
     for _ in range(ROUNDS):
         draws = []
 
         def timed(*args):
             start = time.time()
-            pairs = draw_pairs(*args)
+            pairs = sample_responses(*args)
             draws.append(time.time() - start)
             return pairs
 
-        factorize.draw_pairs = timed
+        factorize.sample_responses = timed
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 folder = factorize.factorize(dataclasses.replace(cfg, **flags))
         finally:
-            factorize.draw_pairs = draw_pairs
+            factorize.sample_responses = sample_responses
         with open(os.path.join(folder, "log.jsonl")) as f:
             ends = [60 * json.loads(line)["minutes"] for line in f][a_pool - 1::a_pool]  # of every pool
         pools = [n / a_pool for n in stages.values()]
@@ -297,8 +295,8 @@ def bench_pools(cfg, rows):
     rows[f"sampling pairs in {cfg.steps} steps: the whole loop"] = row(sampling, whole, "<= 0.15")
 
 
-def bench_factorization(config, rows):
-    cfg = configs.load(factorize, [config])
+def bench_factorization(path, rows):
+    cfg = config.load(factorize, [path])
     path = os.path.join("out", factorize.load_base_config(cfg).name, "ckpt.pt")
     if not os.path.exists(path):
         print(f"no rows about factorizing: '{path}' is missing (python train_base.py {cfg.base})")
@@ -307,34 +305,77 @@ def bench_factorization(config, rows):
     bench_pools(cfg, rows)
 
 
-def print_memory(n_latents, length, recompute):
-    """By how many GiB one ELBO gradient, of a batch of records of this length, grows the most that this process held.
-    VmHWM is the process's own; ru_maxrss would begin with what the parent held when it started this process."""
+def print_memory(n_latents, length, chunks):
+    """By how many GiB one ELBO gradient, of a batch of records of this length, grows the most that this process had.
+    VmHWM is the process's own; ru_maxrss would begin with that of the parent which started this process."""
     def most():
         with open("/proc/self/status") as f:
             return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2 ** 20
 
-    cfg, V = factorize.Config(base=""), len(TOKENIZER)
+    cfg, V = factorize.Config(base="", chunks=chunks), len(TOKENIZER)
     ids = torch.randint(len(SPECIALS), V, (cfg.batch_size, length))  # what they say makes no difference
     batch = Pairs(ids, torch.full((cfg.batch_size,), 10), torch.ones(ids.shape))
     model, q = GPT(GPTConfig(V + n_latents, n_latents)), Posterior(GPT(GPTConfig(V)), n_latents)
     before = most()
-    elbo_gradient(model, q, batch, cfg, recompute=bool(recompute))
+    elbo_gradient(model, q, batch, cfg)
     print(most() - before)
 
 
 def bench_memory(rows):
     """A fresh process for every number."""
+    cfg = factorize.Config(base="")
     for n_latents in (5, 16, 32):
         for length in (64, 128):
-            kept, recomputed = ([float(subprocess.run(
-                [sys.executable, __file__, "memory", *map(str, (n_latents, length, recompute))], check=True,
-                stdout=subprocess.PIPE).stdout)] for recompute in (0, 1))
-            rows[f"memory, K = {n_latents}, {length} tokens, --recompute=True: without"] = row(
-                recomputed, kept, "ours <= 4 GiB" if n_latents == 32 else "", "GiB")
+            ours, one_pair = ([float(subprocess.run(
+                [sys.executable, __file__, "memory", *map(str, (n_latents, length, chunks))], check=True,
+                stdout=subprocess.PIPE).stdout)] for chunks in (cfg.chunks, cfg.batch_size))
+            rows[f"memory, K = {n_latents}, {length} tokens: one pair a chunk"] = row(
+                ours, one_pair, "ours <= 1 GiB" if n_latents == 32 else "", "GiB")
 
 
-def profile(config="configs/sorting_discrete.py"):
+A_STAGE = 16  # steps: two pools
+STAGES = {"discrete": ["fixed labels", "responsibilities", "ELBO"], "continuous": ["fixed labels", "ELBO"]}
+
+
+def step_seconds(checkout, kind, base):
+    """{stage: seconds a step}, sampling and labels included, of a short run of a checkout's own program and config, on
+    the base that a checkpoint holds. The code says what its keys and the version of its checkpoints are."""
+    code = "".join(open(path).read() for pattern in ("*.py", "harness/*.py")
+                   for path in glob.glob(os.path.join(checkout, pattern)))
+    stages, name, n = STAGES[kind], base["config"]["name"], 2 * A_STAGE  # the first stage begins with a warm-up
+    first = {"cell_steps": n} if kind == "continuous" else {"fixed_label_steps": n, "responsibility_steps": A_STAGE}
+    flags = first | {"steps": n + A_STAGE * (len(stages) - 1), "batch_size": 64, "pool_size": 512, "section_steps": 1,
+                     "cluster_inputs": 48, "cluster_restarts": 2, "validation_inputs": 2, "eval_inputs": 16}
+    before = {new: old for old, new in RENAMED.items()} | {"cell_steps": "held_steps"}
+    flags = [f"--{key if f'    {key}: ' in code else before[key]}={value}" for key, value in flags.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.join(checkout, "configs"), os.path.join(folder, "configs"))
+        os.makedirs(os.path.join(folder, "out", name))
+        version = int(re.search(r'VERSIONS = {"base": (\d+)', code)[1])
+        torch.save(base | {"version": version}, os.path.join(folder, "out", name, "ckpt.pt"))
+        run = [os.path.join(checkout, "factorize.py"), f"configs/{name.removesuffix('base')}{kind}.py", "--name=steps"]
+        subprocess.run([sys.executable, *run, *flags], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        with open(os.path.join(folder, "out", "steps", "log.jsonl")) as f:
+            ends = [60 * json.loads(line)["minutes"] for line in f][A_STAGE - 1::A_STAGE]
+    return {stage: (end - start) / A_STAGE for stage, start, end in zip(stages, ends, ends[1:])}
+
+
+def compare_steps(other, checkpoint):
+    """Prints the seconds of a step in this checkout and in another one, such as an earlier commit, taking turns."""
+    base, checkouts = torch.load(checkpoint, weights_only=True), [ROOT, os.path.abspath(other)]
+    for kind, stages in STAGES.items():
+        found = {checkout: [] for checkout in checkouts}
+        for i in range(ROUNDS):
+            for checkout in checkouts[::-1 if i % 2 else 1]:
+                found[checkout].append(step_seconds(checkout, kind, base))
+        for stage in stages:
+            ours, theirs = ([seconds[stage] for seconds in found[checkout]] for checkout in checkouts)
+            r = row(ours, theirs, "")
+            print(f"{kind}, {stage}: {r['ours']:.3f} s a step, theirs {r['against']:.3f}, ratio of the medians "
+                  f"{r['ours'] / r['against']:.3f}, of rounds {r['min']:.3f} to {r['max']:.3f}", flush=True)
+
+
+def profile(path="configs/sorting_discrete.py"):
     """Where the time of a base gradient and of sampling goes, operation by operation, in one thread: writes
     assets/results/profile.json."""
     parallel.threads = types.SimpleNamespace(map=map)  # the profiler sees this thread alone
@@ -346,11 +387,11 @@ def profile(config="configs/sorting_discrete.py"):
         seconds = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in seen.key_averages()}
         return {name: value / sum(seconds.values()) for name, value in seconds.items()}
 
-    model, pairs = GPT(GPTConfig(len(TOKENIZER))), records(128, 64)
-    base, task, _ = load_base(os.path.join("out", factorize.load_base_config(configs.load(factorize, [config])).name,
-                                           "ckpt.pt"))
-    found = {"base gradient": shares(lambda: base_gradient(model, pairs)), "sampling pairs": shares(
-        lambda: factorize.draw_pairs(base.requires_grad_(False), task, TOKENIZER, 512, 1, "pool"))}
+    pairs, model = records(128, 64), GPT(GPTConfig(len(TOKENIZER)))
+    base_cfg = factorize.load_base_config(config.load(factorize, [path]))
+    base, task, _ = train_base.load_base(os.path.join("out", base_cfg.name, "ckpt.pt"))
+    found = {"base gradient": shares(lambda: base_gradient(model, pairs)),
+             "sampling pairs": shares(lambda: factorize.sample_responses(base, task, 512, 1, "pool"))}
     write_json(os.path.join(ROOT, "assets", "results", "profile.json"), {"machine": machine(), "shares": found})
     print(profile_table())
 
@@ -362,12 +403,12 @@ def machine():
             "transformers": transformers and transformers.__version__}
 
 
-def main(config="configs/sorting_discrete.py"):
+def main(path="configs/sorting_discrete.py"):
     torch.manual_seed(0)
     if not transformers:
         print("no rows about transformers: it is not installed")
     sizes = [(f, size) for size in SIZES for f in (bench_sampling, bench_base)]
-    rows, parts = {}, [*sizes, (bench_factorization, config), (bench_memory,)]
+    rows, parts = {}, [*sizes, (bench_factorization, path), (bench_memory,)]
     for part, *more in tqdm(parts, disable=not sys.stdout.isatty()):
         part(*more, rows)
     result = {"machine": machine(), "commit": current_commit(), "rows": rows}
@@ -381,5 +422,7 @@ if __name__ == "__main__":
         profile(*sys.argv[2:])
     elif sys.argv[1:2] == ["memory"]:
         print_memory(*map(int, sys.argv[2:]))
+    elif sys.argv[1:2] == ["steps"]:
+        compare_steps(*sys.argv[2:])
     else:
         main(*sys.argv[1:])

@@ -3,8 +3,8 @@
     python tests/fuzz.py 40            # that many runs; a non-zero exit and the flags if one fails in another way
     python tests/fuzz.py 40 --write    # the same, and adds them to assets/results/faults.json, a table of the README
 
-Up to three keys of a short run take a value that their type allows, sensible or not. Then evaluate.py is asked about
-ten inputs a run, made of random characters.
+Up to three keys of a short run, of the base or of a factorization with either kind of z, take a value that their type
+allows, sensible or not. Then evaluate.py is asked about ten inputs a run, made of random characters.
 """
 import contextlib
 import dataclasses
@@ -13,41 +13,41 @@ import os
 import random
 import sys
 import tempfile
+from typing import Annotated, Literal, get_args, get_origin
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import configs
 import evaluate
 import factorize
 import train_base
+from harness import config
 from kill import note
 
-SHORT = {
-    train_base: ["configs/tiny_base.py", "--steps=3", "--eval_every=2", "--eval_size=4", "--final_eval_size=4"],
-    factorize: ["configs/tiny_discrete.py", "--steps=4", "--held_steps=1", "--responsibility_steps=2", "--eval_every=2",
-                "--cluster_inputs=12", "--cluster_restarts=2", "--slot_steps=2", "--pool_size=32", "--eval_inputs=3",
-                "--look_inputs=2"]}
-VALUES = {"int": ["-1", "0", "1", "2", "3", "5", "64", "100000000"], "bool": ["True", "False"],
-          "float": ["-1", "0", "1e-30", "0.3", "1", "7", "1e30", "1e-400"],
-          "str": ["muon", "adamw", "linear", "full", "grid_pathfinding", "configs/tiny_base.py", "a/b", "..",
-                  "x" * 300],
-          "list | None": ["None", "[]", "[1.0, 2.0, 3.0]", "[0.5, 0.5, 0]", "[1e-300, 1, 1]", "[1.0, 1.0]"],
-          "dict": ["{}", "{'side': 4}", "{'side': 0}", "{'max_distance': 99}", "{'side': 'a'}", "{1: 2}"]}
-MAY_BE_HUGE = {"seed", "eval_every", "save_every", "held_steps", "responsibility_steps", "warmup", "crop", "chunks",
-               "n_latents", "n_head"}  # of the others a huge value is valid, and takes hours or all memory
+FACTORIZATION = ["--steps=4", "--eval_every=2", "--cluster_inputs=12", "--cluster_restarts=2", "--section_steps=2",
+                 "--pool_size=32", "--eval_inputs=3", "--validation_inputs=2"]
+DISCRETE = ["configs/tiny_discrete.py", "--fixed_label_steps=1", "--responsibility_steps=2", *FACTORIZATION]
+SHORT = [(train_base, ["configs/tiny_base.py", "--steps=3", "--eval_every=2", "--eval_size=4", "--final_eval_size=4"]),
+         (factorize, DISCRETE), (factorize, ["configs/tiny_continuous.py", "--cell_steps=2", *FACTORIZATION])]
+VALUES = {int: ["-1", "0", "1", "2", "3", "5", "64", "100000000"], bool: ["True", "False"],
+          float: ["-1", "0", "1e-30", "0.3", "1", "7", "1e30", "1e-400"],
+          str: ["muon", "grid_pathfinding", "configs/tiny_base.py", "a/b", "..", "x" * 300],
+          list | None: ["None", "[]", "[1.0, 2.0, 3.0]", "[0.5, 0.5, 0]", "[1e-300, 1, 1]", "[1.0, 1.0]"],
+          dict: ["{}", "{'side': 4}", "{'side': 0}", "{'max_distance': 99}", "{'side': 'a'}", "{1: 2}"]}
+MAY_BE_HUGE = {"seed", "eval_every", "save_every", "fixed_label_steps", "responsibility_steps", "cell_steps", "warmup",
+               "crop", "chunks", "n_latents", "n_head"}  # others, valid but huge, would take hours or all memory
 
 
 def random_flag(rng, script):
     field = rng.choice(dataclasses.fields(script.Config))
-    kind = getattr(field.type, "__name__", None) if isinstance(field.type, type) else str(field.type)
-    values = [v for v in VALUES[kind] if v != "100000000" or field.name in MAY_BE_HUGE]
-    return f"--{field.name}={rng.choice(values)}"
+    kind = get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
+    values = [*get_args(kind), "another"] if get_origin(kind) is Literal else VALUES[kind]
+    return f"--{field.name}={rng.choice([v for v in values if v != '100000000' or field.name in MAY_BE_HUGE])}"
 
 
 def run(script, flags):
     """None, or the line with which the run ended."""
     try:
-        cfg = configs.load(script, flags)
+        cfg = config.load(script, flags)
         if script is train_base:
             train_base.train(cfg)
         else:
@@ -62,20 +62,20 @@ def main(n, write):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         os.symlink(os.path.join(ROOT, "configs"), "configs")
-        train_base.train(configs.load(train_base, ["configs/tiny_base.py"]))
+        train_base.train(config.load(train_base, ["configs/tiny_base.py"]))
         for i in range(n):
-            script = rng.choice([train_base, factorize])
+            script, short = rng.choice(SHORT)
             flags = [f"--name=run{i}", *(random_flag(rng, script) for _ in range(rng.randint(1, 3)))]
             output = io.StringIO()
             try:
                 with contextlib.redirect_stdout(output):
-                    line = run(script, SHORT[script] + flags)
+                    line = run(script, short + flags)
             except BaseException:
-                print(output.getvalue(), script.__name__, *flags, flush=True)
+                print(output.getvalue(), short[0], *flags, flush=True)
                 raise
-            print(script.__name__, *flags, "->", line or "done", flush=True)
+            print(short[0], *flags, "->", line or "done", flush=True)
             told += line is not None
-        run(factorize, SHORT[factorize] + ["--name=asked"])
+        run(factorize, DISCRETE + ["--name=asked"])
         asked = evaluate.load_run("out/asked")
         letters = "0123456789 to+-=xbase/\t\n\0ä;<>'\"\\"
         for _ in range(10 * n):

@@ -22,8 +22,8 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FLAGS = ["--save_every=1", "--eval_every=20"]
 RUNS = [["train_base.py", "configs/tiny_base.py", "--steps=60", *FLAGS],
-        ["factorize.py", "configs/tiny_discrete.py", "--steps=60", "--held_steps=20", "--responsibility_steps=30",
-         "--eval_inputs=8", "--cluster_inputs=32", "--cluster_restarts=8", *FLAGS]]
+        ["factorize.py", "configs/tiny_discrete.py", "--steps=60", "--fixed_label_steps=20",
+         "--responsibility_steps=30", "--eval_inputs=8", "--cluster_inputs=32", "--cluster_restarts=8", *FLAGS]]
 FAULTS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "full disk": None}
 
 

@@ -1,6 +1,9 @@
-"""Fills the README's tables from the result files in assets/results, and draws its figure of them.
+"""Writes the tables of the three pages from the result files in assets/results, and the figure of all discrete runs.
 
-    python tests/tables.py           # rewrites README.md between its <!-- table: ... --> marks
+    python tests/tables.py           # rewrites the pages between their <!-- table: ... --> and <!-- end --> marks
+
+The pages are README.md, assets/results/README.md and tests/README.md. tests/test_readme.py fails while a page and the
+result files differ.
 """
 import dataclasses
 import glob
@@ -12,10 +15,15 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import configs
 import factorize
 import train_base
+from harness import config
 from tasks import TASKS
+
+PAGES = ("README.md", os.path.join("assets", "results", "README.md"), os.path.join("tests", "README.md"))
+# Config keys of older result files, by their present names; None: the key is gone, and the default changes no result.
+RENAMED = {"held_steps": "fixed_label_steps", "held_alpha": "fixed_label_power", "look_inputs": "validation_inputs",
+           "slot_steps": "section_steps", "tiling_weight": "cell_weight", "recompute": None, "compile": None}
 
 
 def results(pattern):
@@ -25,6 +33,26 @@ def results(pattern):
         with open(path) as f:
             found[os.path.basename(path).removesuffix(".json")] = json.load(f)
     return found
+
+
+def settings(result):
+    """The config of a result file, with the present names of its keys."""
+    named = {RENAMED.get(key, key): value for key, value in result["config"].items()}
+    return {key: value for key, value in named.items() if key is not None}
+
+
+def strategies(base):
+    """How many strategies the task of a base's config file has."""
+    return len(TASKS[config.load(train_base, [os.path.join(ROOT, base)]).task].strategies)
+
+
+def by_run(found):
+    """The metrics of every seed of a run, by the run's name, with the gap between the two NLLs."""
+    runs = {}
+    for name, result in found.items():
+        m = result["metrics"]
+        runs.setdefault(name.split("_seed")[0], []).append(m | {"nll_gap": m["nll"] - m["base_nll"]})
+    return runs
 
 
 def table(head, rows):
@@ -41,7 +69,8 @@ def base_table():
         rows.append([name.replace("_seed", ", seed "), f"{m['floor']:.3f}", f"{m['nll']:.3f}",
                      f"{m['valid_trace_rate']:.3f}", f"{error:.3f}", f"{m['final_answer_accuracy']:.3f}",
                      f"{m['minutes']:.1f}"])
-    head = ["base", "entropy", "held-out NLL", "valid traces", "largest share error", "answer right", "minutes"]
+    head = ["base", "entropy of the mixture", "NLL, test inputs", "valid traces", "largest share error",
+            "answer right", "minutes"]
     return table(head, rows)
 
 
@@ -54,20 +83,27 @@ def mean_and_std(values, digits=3):
 
 COLUMNS = {"alignment_one_to_one": "alignment", "local_strategy_coverage_mean": "coverage",
            "local_strategy_full_coverage_rate": "full coverage",
-           "base_local_strategy_full_coverage_rate": "of K base samples", "permutation_gap": "permutation gap",
-           "latent_purity": "purity", "controlled_final_answer_accuracy": "answer right, z forced",
-           "sampled_final_answer_accuracy": "router", "base_final_answer_accuracy": "base", "base_nll": "base NLL",
-           "nll_gap": "NLL gap", "nll_gap_of_valid": "of valid y", "sampled_strategy_total_variation": "TV"}
+           "base_local_strategy_full_coverage_rate": "full coverage, K base samples",
+           "permutation_gap": "permutation gap", "latent_purity": "purity",
+           "controlled_final_answer_accuracy": "answer right, z forced",
+           "sampled_final_answer_accuracy": "answer right, z of router",
+           "base_final_answer_accuracy": "answer right, base", "base_nll": "NLL of base", "nll_gap": "NLL gap",
+           "nll_gap_of_valid": "NLL gap, valid y", "sampled_strategy_total_variation": "TV"}
 NOT_IN_RESULTS = {"local_strategy_coverage_mean", "latent_purity"}  # where alignment is near 1 they are, too
 NOT_IN_ABLATIONS = {"controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
                     "base_nll", "nll_gap_of_valid"}
+FRONT = {"discrete": {"alignment_one_to_one": "alignment", "local_strategy_full_coverage_rate": "full coverage",
+                      "controlled_final_answer_accuracy": "answer right, z forced", "nll_gap": "NLL gap",
+                      "minutes": "minutes"},
+         "continuous": {"sampled_z_probe_accuracy": "probe of sampled z",
+                        "local_strategy_full_coverage_rate": "full coverage of 16 z", "nll_gap": "NLL gap"}}
 CUDA_KEYS = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "controlled_final_answer_accuracy", "nll_gap")
 CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z_probe_accuracy": "probe, sampled z",
-              "sampled_z_probe_accuracy_control": "permuted",
-              "local_strategy_full_coverage_rate": "full coverage of 16 z",
-              "centroid_distance": "centroid distance", "sampled_final_answer_accuracy": "answer right, router",
-              "base_final_answer_accuracy": "base", "base_nll": "base NLL", "nll_gap": "NLL gap", "kl": "KL",
-              "sampled_strategy_total_variation": "TV"}
+              "sampled_z_probe_accuracy_control": "probe, permuted labels",
+              "local_strategy_full_coverage_rate": "full coverage of 16 z", "centroid_distance": "centroid distance",
+              "sampled_final_answer_accuracy": "answer right, z of router",
+              "base_final_answer_accuracy": "answer right, base", "base_nll": "NLL of base", "nll_gap": "NLL gap",
+              "kl": "KL", "sampled_strategy_total_variation": "TV"}
 
 
 VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on which the recipe is taken apart
@@ -95,12 +131,12 @@ def variants_table():
             runs.setdefault(variant, {}).setdefault(task, []).append(result)
 
     recipe = {field.name: field.default for field in dataclasses.fields(factorize.Config)}
+    no_part = {"base", "name", "seed", "threads", "device", "chunks", "eval_every"}  # in what a run finds
 
     def flags(variant, result):  # a variant of the ELBO is compared to the ELBO alone
-        other = runs["elbo"]["grid"][0]["config"] if variant.startswith("elbo_") else {}
-        changed = [f"--{key}={value}" for key, value in result["config"].items()
-                   if value != other.get(key, recipe.get(key, value))]
-        return " ".join(flag for flag in changed if not re.match("--(base|name|seed|threads|device|eval_every)=", flag))
+        other = settings(runs["elbo"]["grid"][0]) if variant.startswith("elbo_") else {}
+        return " ".join(f"--{key}={value}" for key, value in settings(result).items()
+                        if key not in no_part and value != other.get(key, recipe.get(key, value)))
 
     def cell(found):
         """Alignment, coverage: of one seed after the other, or the means of more than two."""
@@ -119,13 +155,24 @@ def variants_table():
 
 
 def runs_table(found, keys):
-    runs = {}
-    for name, result in found.items():
-        m = result["metrics"]
-        runs.setdefault(name.split("_seed")[0], []).append(m | {"nll_gap": m["nll"] - m["base_nll"]})
     rows = [[name, str(len(seeds)), *(mean_and_std([m[key] for m in seeds]) for key in keys),
-             mean_and_std([m["minutes"] for m in seeds], 1)] for name, seeds in runs.items()]
+             mean_and_std([m["minutes"] for m in seeds], 1)] for name, seeds in by_run(found).items()]
     return table(["run", "seeds", *keys.values(), "minutes"], rows)
+
+
+def front_table():
+    """The front page's: a row for every task, what matters most of its discrete and of its continuous runs."""
+    found = {kind: results(f"*_{kind}_seed*.json") for kind in FRONT}
+    runs = {kind: by_run(found[kind]) for kind in FRONT}
+    bases = {name.split("_discrete")[0]: result["config"]["base"] for name, result in found["discrete"].items()}
+    rows = []
+    for task, base in bases.items():
+        seeds = {kind: runs[kind].get(f"{task}_{kind}", []) for kind in FRONT}
+        cells = [mean_and_std([m[key] for m in seeds[kind]], 1 if key == "minutes" else 3) if seeds[kind] else ""
+                 for kind, keys in FRONT.items() for key in keys]
+        rows.append([task, str(strategies(base)), " + ".join(str(len(each)) for each in seeds.values()), *cells])
+    titles = [f"{kind}: {title}" for kind, keys in FRONT.items() for title in keys.values()]
+    return table(["task", "strategies", "seeds (discrete + continuous)", *titles], rows)
 
 
 def two_tasks_table():
@@ -148,8 +195,7 @@ def agreement_table():
     """For every K the share of restarts that found the same clusters; in bold where K is the number of strategies."""
     rows = []
     for name, result in results("clusters/*.json").items():
-        base_cfg = configs.load(train_base, [os.path.join(ROOT, result["config"]["base"])])
-        S = len(TASKS[base_cfg.task].strategies)
+        S = strategies(result["config"]["base"])
         shares = {K: f"{result['metrics'][f'agreement_{K}']:.1%}" for K in range(2, 8)}
         rows.append([name.replace("_seed", ", seed "), *(f"**{share}**" if K == S else share
                                                          for K, share in shares.items())])
@@ -158,7 +204,7 @@ def agreement_table():
 
 def draw_alignment_against_coverage(path):
     """Every discrete run, a point: on the diagonal, a latent means the same for every x; below it, latents swap."""
-    import figures
+    from harness import figures
     figure, axis = figures.new_figure(6, 4.6)
     axis.plot([0, 1], [0, 1], color="lightgray", zorder=0)
     for label, pattern, color in (("ablations, other K, skewed mixture", "ablations/*.json", "tab:orange"),
@@ -213,8 +259,8 @@ def without(keys):
     return {key: title for key, title in COLUMNS.items() if key not in keys}
 
 
-TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table, "base": base_table,
-          "clusters": clusters_table, "agreement": agreement_table, "variants": variants_table,
+TABLES = {"front": front_table, "faults": faults_table, "bench": bench_table, "profile": profile_table,
+          "base": base_table, "clusters": clusters_table, "agreement": agreement_table, "variants": variants_table,
           "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
@@ -223,17 +269,18 @@ TABLES = {"faults": faults_table, "bench": bench_table, "profile": profile_table
                                            if not variant_of(name)}, without(NOT_IN_ABLATIONS))}
 
 
-def filled(readme):
-    """README text with every marked table replaced by the one its result files give."""
+def filled(page):
+    """The text of a page with every marked table replaced by the one its result files give."""
     return re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
-                  lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], readme, flags=re.S)
+                  lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3], page, flags=re.S)
 
 
 if __name__ == "__main__":
-    path = os.path.join(ROOT, "README.md")
-    with open(path) as f:
-        text = filled(f.read())
-    with open(path, "w") as f:
-        f.write(text)
+    for page in PAGES:
+        path = os.path.join(ROOT, page)
+        with open(path) as f:
+            text = filled(f.read())
+        with open(path, "w") as f:
+            f.write(text)
+        print(f"{page}: {text.count('<!-- table:')} tables")
     draw_alignment_against_coverage(os.path.join(ROOT, "assets", "alignment_against_coverage.png"))
-    print(text.count("<!-- table:"), "tables written")

@@ -10,12 +10,10 @@ import pytest
 import torch
 
 import factorize
-import losses
-import parallel
 from conftest import ROOT
-from model import Pairs, log_likelihood, sample, score_base
+from harness import parallel
+from model import Pairs, fit_latent_section, log_likelihood, sample, score_base
 from posterior import Posterior, cluster_responses
-from tasks import Tokenizer
 from train_base import load_base
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
@@ -35,14 +33,20 @@ def on_cuda(workplace):
 
 @pytest.fixture(scope="module")
 def parts(workplace):
-    """(base, model of three latents that differ, 24 pairs, prompts), on the CPU."""
+    """(base, {kind of z: model and posterior}, 24 pairs), on the CPU; three latents that differ."""
     base, task, _ = load_base("out/tiny_base/ckpt.pt")
-    tokenizer = Tokenizer(task.vocab, 3)
-    pairs = factorize.draw_pairs(base, task, tokenizer, 12, 2, "cuda")
-    model = base.with_latents(3, pairs, steps=2)
-    model.embed.weight.data[-3:] += torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    prompts = [row[:start] for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
-    return base, model, pairs, prompts
+    pairs = factorize.sample_responses(base, task, 12, 2, "cuda")
+    torch.manual_seed(0)
+    models = {}
+    for kind, n_latents, z_dim in (("discrete", 3, 0), ("continuous", 0, 2)):
+        model, q = base.with_latents(n_latents, z_dim), Posterior(base, 3, z_dim=z_dim)
+        fit_latent_section(model, pairs, steps=2)
+        model.embed.weight.data[len(model.embed.weight) - n_latents:] += torch.randn(n_latents, 64)
+        q.fit_statistics(pairs)
+        if z_dim:
+            q.cells.place(torch.full((3,), 1 / 3), std=0.3)
+        models[kind] = model, q
+    return base, models, pairs
 
 
 def to_cuda(*things):
@@ -55,38 +59,45 @@ def close(got, want, rtol=1e-3):
 
 
 def test_scores_samples_and_features_are_those_of_the_cpu(parts, on_cuda):
-    base, model, pairs, prompts = parts
-    q = Posterior(base, 3)
-    q.fit_statistics(pairs)
+    base, models, pairs = parts
+    prompts = [row[:start] for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
 
     def here(base, model, q, pairs):
         tokens, logp = sample(base, prompts, parallel.seeded(0), temperature=0)
-        return [tokens, log_likelihood(model, pairs), score_base(base, pairs.ids, pairs.starts), q(pairs), logp,
+        return [tokens, log_likelihood(model, pairs), score_base(base, pairs), q(pairs), logp,
                 q.fit_statistics(pairs)]
 
-    tokens, *want = here(base, model, q, pairs)
-    cuda_tokens, *got = on_cuda(lambda: here(*to_cuda(base, model, q, pairs)))
+    tokens, *want = here(*(copy.deepcopy(each) for each in (base, *models["discrete"])), pairs)
+    cuda_tokens, *got = on_cuda(lambda: here(*to_cuda(base, *models["discrete"], pairs)))
     assert torch.equal(cuda_tokens, tokens)
     assert want[0].std(dim=1).mean() > 0.03  # latents differ by more than what is tolerated
     for of_cuda, of_cpu in zip(got, want):
         assert close(of_cuda, of_cpu)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_gradient_is_that_of_the_cpu(parts, on_cuda, recompute):
-    _, model, pairs, _ = parts
-    importance = torch.arange(1.0, 25.0)  # every example counts differently
+@pytest.mark.parametrize("kind, stage", [("discrete", "fixed labels"), ("discrete", "responsibilities"),
+                                         ("discrete", "ELBO"), ("continuous", "fixed labels"), ("continuous", "ELBO")])
+def test_the_gradient_is_that_of_the_cpu(parts, on_cuda, kind, stage):
+    """Of all terms at once, and their values. Labels are drawn on the CPU: random numbers of a GPU are others."""
+    _, models, pairs = parts
+    model, q = models[kind]
+    of_kind = {"discrete": ("posterior_entropy", "jsd", "router_marginal_kl"), "continuous": ("posterior_variance",)}
+    weights = {f"{name}_weight": 1.0 for name in ("token_weighted", *of_kind[kind])}
+    cfg = factorize.Config(base="", z_dim=model.config.z_dim, **weights)
+    terms, log_prior = factorize.term_weights(cfg, stage, 2.0), torch.zeros(3).log_softmax(dim=0)
+    labels = factorize.label_pool(model, q, pairs, stage, cfg, log_prior, parallel.seeded(0))
+    pairs, labels = factorize.take_batch(model, pairs, labels, slice(None), stage, cfg, terms, log_prior,
+                                         parallel.seeded(0))
 
-    def gradient(model, pairs, importance):
-        z = torch.arange(3, device=importance.device).expand(24, 3)
-        w = losses.token_weights(pairs.b)
-        (logp_y, _, jsd, router), backward = factorize.score_batch(model, pairs, z, w, 4, recompute)
-        ((logp_y.sum(dim=1) + 9 * jsd + losses.router_support(router, 3)) @ importance).backward()
-        backward()
-        return [p.grad for p in model.parameters()]
+    def gradient(model, q, pairs, labels):
+        parameters = [*model.parameters(), *q.head.parameters()]
+        values, gradients = factorize.gradient(model, q, pairs, labels, stage, terms, parameters, 4)
+        return [torch.tensor([*values.values()]), *(g for g in gradients if g is not None)]
 
-    want = gradient(copy.deepcopy(model), pairs, importance)
-    for of_cuda, of_cpu in zip(on_cuda(lambda: gradient(*to_cuda(model, pairs), importance.cuda())), want):
+    want = gradient(model, q, pairs, labels)
+    got = on_cuda(lambda: gradient(*to_cuda(model, q, pairs), {key: part.cuda() for key, part in labels.items()}))
+    assert len(got) == len(want)
+    for of_cuda, of_cpu in zip(got, want):
         assert close(of_cuda, of_cpu) and of_cpu.abs().max() > 0
 
 
@@ -130,7 +141,8 @@ def test_a_base_trains_on_cuda(workplace, precision):
 @pytest.mark.parametrize("z", ["discrete", "continuous"])
 def test_a_factorization_of_cuda_is_evaluated_anywhere(workplace, z):
     """All stages and the evaluation on CUDA, then the evaluation on a machine without a GPU."""
-    run = ["factorize.py", f"configs/tiny_{z}.py", f"--name=cuda_{z}", "--device=auto", "--router_marginal_kl_weight=1"]
+    run = ["factorize.py", f"configs/tiny_{z}.py", f"--name=cuda_{z}", "--device=auto"]
+    run += ["--router_marginal_kl_weight=1"] if z == "discrete" else []  # of a continuous z, a term by default
     program(*run)
     there = read(f"out/cuda_{z}/metrics.json")
     program("evaluate.py", f"out/cuda_{z}", CUDA_VISIBLE_DEVICES="")
@@ -140,20 +152,21 @@ def test_a_factorization_of_cuda_is_evaluated_anywhere(workplace, z):
 
 def test_a_run_on_cuda_goes_on_from_a_saved_state(workplace):
     """Ten steps at once, or five and five: the same losses, but for the order in which a GPU adds up."""
-    run = ["configs/tiny_discrete.py", "--device=cuda", "--steps=10", "--held_steps=3", "--responsibility_steps=4",
-           "--precision=float32"]
+    run = ["configs/tiny_discrete.py", "--device=cuda", "--steps=10", "--fixed_label_steps=3",
+           "--responsibility_steps=4", "--precision=float32"]
     program("factorize.py", *run, "--name=cuda_whole")
     stopped = f"""
 import sys, os, signal
 sys.path.insert(0, {ROOT!r})
-import configs, factorize
-check = factorize.check_finite
-def interrupt(loss, parameters, step, *more):
-    check(loss, parameters, step, *more)
+import factorize
+from harness import config, runs
+check = runs.Run.check_finite
+def interrupt(self, step, *more):
+    check(self, step, *more)
     if step == 4:
         os.kill(os.getpid(), signal.SIGTERM)
-factorize.check_finite = interrupt
-factorize.factorize(configs.load(factorize, {[*run, "--name=cuda_parts"]!r}))
+runs.Run.check_finite = interrupt
+factorize.factorize(config.load(factorize, {[*run, "--name=cuda_parts"]!r}))
 """
     done = subprocess.run([sys.executable, "-c", stopped], capture_output=True, text=True)
     assert "stopped after step 5 of 10" in done.stdout, done.stderr

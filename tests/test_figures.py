@@ -1,19 +1,26 @@
-"""What `python evaluate.py out/<run> --figures` draws is what it says, on made-up numbers and on tiny runs."""
-import json
+"""What `python evaluate.py out/<run>` draws is what it says, on made-up numbers and on tiny runs."""
 import os
-import random
+import re
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 import evaluate
-import figures
-import metrics
-import train_base
-from model import GPT, GPTConfig, Pairs, pad
-from posterior import one_to_one_matching
+import factorize
+from harness import config, figures
+from model import GPT, GPTConfig
 from tasks import TASKS, Tokenizer
-from test_pipeline import CONTINUOUS, run
+from test_pipeline import run
+
+
+def run_continuous(name, *flags):
+    """Factorizes in process, into a z of two dimensions, every stage in two steps."""
+    factorize.factorize(config.load(factorize, [
+        "configs/tiny_continuous.py", f"--name={name}", "--steps=4", "--cell_steps=2", "--eval_every=2",
+        "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--section_steps=2", "--pool_size=32",
+        "--validation_inputs=4", "--chunks=1", "--overwrite=True", *flags]))
 
 
 @pytest.fixture
@@ -30,128 +37,168 @@ def drawn(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("flags, names", [([], {"traces.png", "dynamics.png", "decodability.png"}),
-                                          (CONTINUOUS, {"centroids.png", "decodability.png"})])
-def test_figures_draws_what_applies_to_the_run_and_names_each_file(workplace, capsys, flags, names):
-    run("drawn", *flags, "--eval_inputs=64")
+@pytest.mark.parametrize("factorized, names", [
+    (run, {"training.png", "matching.png", "traces.png"}),
+    (run_continuous, {"training.png", "latent_space.png", "maps.png"})])
+def test_an_evaluation_draws_what_applies_to_the_run(workplace, monkeypatch, drawn, factorized, names):
+    """Each strategy is named with its shares of the samples of the router and of the base in one of the figures."""
+    against_base, found = evaluate.against_base, []
+    monkeypatch.setattr(evaluate, "against_base", lambda *args: found.append(against_base(*args)) or found[-1])
+    factorized("drawn", "--eval_inputs=8")
     for name in os.listdir("out/drawn"):  # of the other kind of run
         if name.endswith(".png"):
             os.remove(f"out/drawn/{name}")
-    capsys.readouterr()
-    evaluate.main(["out/drawn", "--figures"])
-    assert set(capsys.readouterr().out.split()) == {os.path.join("out/drawn", name) for name in names}
+    evaluate.main(["out/drawn"])
     assert {name for name in os.listdir("out/drawn") if name.endswith(".png")} == names
     assert all(os.path.getsize(f"out/drawn/{name}") > 5000 for name in names)
+    (_, shares, base_shares, *_), = found
+    texts = [text.get_text() for figure in drawn for axis in figure.axes for text in axis.findobj(Text)]
+    for strategy, share, base_share in zip(TASKS["grid_pathfinding"].strategies, shares, base_shares):
+        assert any(re.fullmatch(f"{strategy}\\s.*router {share:.0%}.*base {base_share:.0%}", text) for text in texts)
 
 
-def test_the_strategy_is_at_chance_before_y_and_known_when_y_is_read(workplace, monkeypatch):
-    """Traces by a strategy drawn without regard to x stand in for samples of the base. <y> has seen x alone, so
-    position 0 is at chance; one token, right or down, tells one of three strategies from the two others: 2/3; after two
-    steps both layers know. The embedding sees one token and never does."""
-    base, task, _ = train_base.load_base("out/tiny_base/ckpt.pt")
-    tokenizer, rng = Tokenizer(task.vocab), random.Random(0)
-
-    def traces(base, prompts, generator):
-        records = []
-        for p in prompts:
-            x = tokenizer.decode(p[2:-2])
-            records.append(tokenizer.record(x, task.trace(x, rng.choice(task.strategies))))
-        return Pairs(pad(records), torch.tensor([len(p) for p in prompts]), torch.zeros(len(records), 1))
-
-    monkeypatch.setattr(metrics, "sample_pairs", traces)
-    xs = metrics.different_inputs(task, 120, test=False)
-    positions, accuracy, chance = metrics.decodability(base, task, tokenizer, xs, 4, seed=0)
-    assert positions[:13] == list(range(13)) and accuracy.shape == (3, len(positions)) == (3, len(chance))
-    assert (chance - 1 / 3).abs().max() < 0.1
-    assert (accuracy[:, 0] - 1 / 3).abs().max() < 0.1, "what is known at <y> is not of y"
-    assert (accuracy[:, 1] - 2 / 3).abs().max() < 0.1
-    assert accuracy[1:, positions.index(8)].min() > 0.9 and accuracy[0, positions.index(8)] < 0.5
-
-
-def test_a_base_without_strategies_has_no_position_to_decode(workplace, monkeypatch):
-    """A base with random weights follows none: nothing to probe, and no error."""
-    _, task, checkpoint = train_base.load_base("out/tiny_base/ckpt.pt")
-    base, tokenizer = GPT(GPTConfig(**checkpoint["model_config"])).requires_grad_(False), Tokenizer(task.vocab)
-    xs = metrics.different_inputs(task, 4, test=True)
-    positions, accuracy, _ = metrics.decodability(base, task, tokenizer, xs, 2, seed=0)
-    assert positions == [] and accuracy.shape == (3, 0)
-
-
-def test_a_look_logs_what_its_alignment_is_made_of(workplace):
+def test_an_evaluation_in_training_logs_what_its_alignment_is_made_of(workplace):
     """alignment = max over matchings of sum_z C[z, pi(z)] / max(K, S), from the log's own C (K, S), which in the end is
-    that of the model that was saved."""
-    log, _ = run("looks", "--n_latents=2", "--look_inputs=64")
-    looks = [entry for entry in log if "alignment_one_to_one" in entry]
-    assert len(looks) == 2
-    for entry in looks:
+    that of the model that was saved, on validation inputs."""
+    log, _ = run("evaluated", "--n_latents=2", "--validation_inputs=64")
+    entries = [entry for entry in log if "alignment_one_to_one" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    for entry in entries:
         C = torch.tensor(entry["strategy_by_latent"])
-        assert C.shape == (2, 3) and one_to_one_matching(C)[0] / 3 == pytest.approx(entry["alignment_one_to_one"])
-    _, _, task, tokenizer, model, _ = evaluate.load_run("out/looks")
-    xs = metrics.different_inputs(task, 64, test=False)
-    assert metrics.controlled(model, task, tokenizer, xs, seed=3)[1].tolist() == C.tolist() and C.sum() > 0
+        alignment = evaluate.one_to_one_matching(C)[0] / 3
+        assert C.shape == (2, 3) and alignment == pytest.approx(entry["alignment_one_to_one"])
+    _, _, task, tokenizer, model, _ = evaluate.load_run("out/evaluated")
+    xs = evaluate.different_inputs(task, 64, "validation")
+    assert evaluate.controlled(model, task, tokenizer, xs, seed=3)[1].tolist() == C.tolist() and C.sum() > 0
 
 
-def test_dynamics_shows_five_looks_and_ends_in_a_diagonal(tmp_path, drawn):
-    """z1, z2, z3 mean the third, the first and the second strategy in the end: rows are ordered z2, z3, z1."""
+def test_matching_shows_every_share_and_frames_the_strategy_of_each_latent(tmp_path, drawn):
+    """C[z, s] in row z and column s; z3 is left over, and has no frame."""
+    C = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.4]])
+    figures.draw_matching(C, [1, 0, None], ("a", "b"), tmp_path / "matching.png")
+    (axis,) = drawn[0].axes
+    assert torch.equal(torch.tensor(axis.images[0].get_array()), C)
+    texts = {text.get_position(): text.get_text() for text in axis.texts}
+    assert texts == {(s, z): f"{C[z, s]:.2f}" for z in range(3) for s in range(2)}
+    frames = [torch.tensor(line.get_xydata()) for line in axis.lines]
+    assert [(frame.amin(dim=0) + frame.amax(dim=0)).mul(0.5).tolist() for frame in frames] == [[1, 0], [0, 1]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["<z1>", "<z2>", "<z3>"]
+
+
+def test_a_map_has_z_1_to_the_right_and_z_2_upwards(tmp_path, drawn):
+    """map[i, j] is of the i-th z_1 and the j-th z_2, both rising, from -3 to 3: column i of row j, counted from below.
+    Each strategy has its colour, none is black."""
+    maps = [torch.tensor([[0, 1, 2], [0, 0, 2], [1, 1, 1]]), torch.zeros(3, 3)]
+    figures.draw_maps(maps, ["4 2", "3 1"], ("a", "b"), tmp_path / "maps.png")
+    assert [axis.get_title() for axis in drawn[0].axes] == ["4 2", "3 1"]
+    image = drawn[0].axes[0].images[0]
+    assert image.origin == "lower" and image.get_extent() == [-3, 3, -3, 3]
+    shown = image.get_array()
+    assert all(shown[j, i] == maps[0][i, j] for i in range(3) for j in range(3))
+    colours = [tuple(image.cmap(image.norm(s))[:3]) for s in range(3)]
+    assert len(set(colours)) == 3 and colours[2] == (0, 0, 0)
+
+
+def entries(steps, of_discrete):
+    """A log with an evaluation after every second of the steps: of_discrete(step) is what it says besides coverage."""
+    return [{"step": step, "normalized_reconstruction": 1 / step, "kl": 0.5, "loss_fraction_kl": 0.25,
+             "loss_fraction_reconstruction": 0.75, "loss_fraction_jsd": 0.0,
+             **({"local_strategy_coverage_mean": 1.0, **of_discrete(step)} if step % 2 == 0 else {})}
+            for step in steps]
+
+
+def test_training_shows_its_curves_and_five_evaluations_that_end_in_a_diagonal(tmp_path, drawn):
+    """z1, z2, z3 mean the third, the first and the second strategy in the end: rows are ordered z2, z3, z1. Curves have
+    every entry, those of evaluations every evaluation; a term without a share is left out."""
     swapped = torch.eye(3)[[2, 0, 1]]
-    looks = [{"step": i, "strategy_by_latent": (i / 99 * swapped).tolist(), "alignment_one_to_one": i / 99,
-              "local_strategy_coverage_mean": 1.0, "permutation_gap": 1 - i / 99} for i in range(9, 100, 9)]
-    figures.draw_dynamics(looks, ("a", "b", "c"), tmp_path / "dynamics.png")
-    curves, *maps = drawn[0].axes
-    assert [axis.get_title() for axis in maps] == [f"step {step}" for step in (9, 27, 54, 72, 99)]
-    assert torch.equal(torch.tensor(maps[-1].images[0].get_array()), torch.eye(3))
-    assert [label.get_text() for label in maps[0].get_yticklabels()] == ["<z2>", "<z3>", "<z1>"]
-    lines = {line.get_label(): list(line.get_ydata()) for line in curves.lines}
-    assert lines["alignment"] == [i / 99 for i in range(9, 100, 9)] and set(lines["coverage"]) == {1.0}
-    assert lines["permutation gap"][0] == 1 - 9 / 99
+    log = entries(range(1, 21), lambda step: {
+        "strategy_by_latent": (step / 20 * swapped).tolist(), "alignment_one_to_one": step / 20,
+        "permutation_gap": 1 - step / 20})
+    figures.draw_training(log, [2, 0, 1], ("a", "b", "c"), tmp_path / "training.png")
+    of_terms, shares, evaluated, *maps = drawn[0].axes
+    assert [axis.get_title() for axis in maps] == [f"step {step}" for step in (2, 6, 10, 14, 20)]
+    for axis, step in zip(maps, (2, 6, 10, 14, 20)):
+        assert torch.allclose(torch.tensor(axis.images[0].get_array()), step / 20 * torch.eye(3))
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["<z2>", "<z3>", "<z1>"]
+    lines = {line.get_label(): line.get_xydata().tolist() for axis in (of_terms, evaluated) for line in axis.lines}
+    assert lines == {"R / c_base": [[step, 1 / step] for step in range(1, 21)],
+                     "KL(q || p), nats": [[step, 0.5] for step in range(1, 21)],
+                     "local coverage": [[step, 1.0] for step in range(2, 21, 2)],
+                     "alignment": [[step, step / 20] for step in range(2, 21, 2)],
+                     "permutation gap": [[step, 1 - step / 20] for step in range(2, 21, 2)]}
+    assert [each.get_label() for each in shares.collections] == ["kl", "reconstruction"]
 
 
-def test_what_cannot_be_drawn_is_said_in_one_line(workplace, capsys):
-    """A log of an earlier version, without C; and twelve samples of a base, too few for a probe. The rest is drawn."""
-    run("early", "--steps=1", "--eval_inputs=2")
-    with open("out/early/log.jsonl") as f:
-        entry = json.loads(f.readline())
-    with open("out/early/log.jsonl", "w") as f:
-        f.write(json.dumps({key: value for key, value in entry.items() if key != "strategy_by_latent"}) + "\n")
-    evaluate.main(["out/early", "--figures"])
-    out = capsys.readouterr().out
-    assert "no dynamics.png: log.jsonl" in out and "no decodability.png: too few" in out
-    assert {name for name in os.listdir("out/early") if name.endswith(".png")} == {"traces.png"}
-    with pytest.raises(SystemExit, match="known: .*--figures"):
-        evaluate.main(["out/early", "--figure"])
+def test_training_shows_a_latent_left_over_last_and_no_map_of_a_continuous_z(tmp_path, drawn):
+    """Two evaluations are two maps."""
+    C = [[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    log = entries(range(1, 5), lambda step: {"strategy_by_latent": C})
+    figures.draw_training(log, [None, 1, 0], ("a", "b"), tmp_path / "training.png")
+    figures.draw_training(entries(range(1, 5), lambda step: {"centroid_distance": 0.5}), None, ("a", "b"),
+                          tmp_path / "training.png")
+    maps = drawn[0].axes[3:]
+    assert [axis.get_title() for axis in maps] == ["step 2", "step 4"]
+    assert [label.get_text() for label in maps[0].get_yticklabels()] == ["<z3>", "<z2>", "<z1>"]
+    assert maps[0].images[0].get_array().tolist() == C[::-1]
+    *_, evaluated = drawn[1].axes
+    assert len(drawn[1].axes) == 3 and "centroid distance" in [line.get_label() for line in evaluated.lines]
 
 
-def test_centroids_joins_the_two_means_of_each_strategy(tmp_path, drawn):
-    """Posterior means at 3 e_s, samples at 2 e_s, turned into another plane: every line is 1 long. A strategy that the
-    router never gives has none."""
-    corners = torch.tensor([[1.0, 0], [-0.5, 0.75 ** 0.5], [-0.5, -0.75 ** 0.5]])
-    turned = corners @ torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0][:2]
+def test_the_latent_space_shows_how_far_samples_are_from_posterior_means(tmp_path, drawn):
+    """Posterior means at 3 e_s, samples at 2 e_s, turned into another plane: the two marks of every strategy are 1
+    apart in both panels, filled in that of their points. A strategy that the router never gives has one mark."""
+    centres = torch.tensor([[1.0, 0], [-0.5, 0.75 ** 0.5], [-0.5, -0.75 ** 0.5]])
+    turned = centres @ torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0][:2]
     labels, found = torch.arange(30) % 3, torch.arange(40) % 2  # the third is never sampled
     found[-4:] = -1
-    figures.draw_centroids(3 * turned[labels], labels, 2 * turned[found], found, ("a", "b", "c"), tmp_path / "c.png")
-    lines = {line.get_label(): torch.tensor(line.get_xydata()) for line in drawn[0].axes[0].lines}
-    for name in "ab":
-        start, end = lines[name]
-        assert start.norm() == pytest.approx(3, abs=1e-4) and (start - end).norm() == pytest.approx(1, abs=1e-4)
-    assert "c" not in lines
+    z = 2 * turned[found]
+    figures.draw_latent_space(3 * turned[labels], labels, z, found, ("a", "b", "c"), tmp_path / "latent_space.png")
+    of_means, of_samples = drawn[0].axes
+
+    def marks(axis):  # (strategy, whether it is filled) -> place
+        large = [each for each in axis.collections if each.get_sizes()[0] > 50]
+        filled = [len(each.get_facecolor()) > 0 for each in large]
+        colours = [to_hex((each.get_facecolor() if full else each.get_edgecolor())[0])
+                   for each, full in zip(large, filled)]
+        names = {to_hex(f"C{s}"): "abc"[s] for s in range(3)}
+        return {(names[colour], full): torch.tensor(each.get_offsets()[0])
+                for colour, full, each in zip(colours, filled, large)}
+
+    shown = marks(of_means)
+    assert set(shown) == {("a", True), ("b", True), ("c", True), ("a", False), ("b", False)}
+    assert set(marks(of_samples)) == {(name, not filled) for name, filled in shown}
+    for (name, filled), place in shown.items():
+        assert place.norm() == pytest.approx(3 if filled else 2, abs=1e-4)
+        assert torch.equal(marks(of_samples)[name, not filled], place)
+        assert filled or (shown[name, True] - place).norm() == pytest.approx(1, abs=1e-4)
+    points = [each for each in of_samples.collections if each.get_sizes()[0] < 50]
+    assert [(each.get_label(), len(each.get_offsets())) for each in points] == [
+        ("a", 18), ("b", 18), ("c", 0), ("none", 4)]
 
 
 def test_traces_shows_every_step_of_every_solution_right_or_wrong(tmp_path, drawn, monkeypatch):
-    """The base's samples first, then the latents' in order, each under the strategy that it follows, or none."""
-    task = TASKS["linear_equation_solving"]
-    x = "3 x + 5 = 2 0".split()
+    """The base's samples first, then the latents' in order, each under the strategy that it follows, or none, in the
+    strategy's colour."""
+    task, x = TASKS["linear_equation_solving"], "3 x + 5 = 2 0".split()
     first, second, third = (task.trace(x, strategy) for strategy in task.strategies)
-    wrong = "3 x = 9 9 ; ans 1 7".split()
-    answers = iter([[first, first, wrong], [third, wrong, second]])
-    monkeypatch.setattr(figures, "sample_ys", lambda *args: next(answers))
-    tokenizer = Tokenizer(task.vocab, 3)
-    model = GPT(GPTConfig(len(tokenizer), 3, n_layer=1, n_embd=8, n_head=1))
-    figures.draw_traces(None, model, task, tokenizer, x, 0, tmp_path / "traces.png")
-    shown = [text.get_text() for text in drawn[0].axes[0].texts]
+    wrong, tokenizer = "3 x = 9 9 ; ans 1 7".split(), Tokenizer(task.vocab, 3)
+    base, model = (GPT(GPTConfig(len(tokenizer), 3, n_layer=1, n_embd=8, n_head=1)) for _ in range(2))
+    says = [(base, 3 * [tokenizer.prompt(x)], [first, first, wrong]),
+            (model, [tokenizer.prompt(x, k) for k in range(3)], [third, wrong, second])]
+    monkeypatch.setattr(evaluate, "sample_ys", lambda model, tokenizer, prompts, generator: next(
+        ys for who, asked, ys in says if who is model and asked == prompts))
+    of_base, of_latents = evaluate.sample_traces((None, base, task, tokenizer, model, None), x, seed=0)
+    figures.draw_traces(" ".join(x), of_base, of_latents, task.strategies, tmp_path / "traces.png")
+    (axis,) = drawn[0].axes
+    shown = [text.get_text() for text in axis.texts]
     heads = [(text, shown[i + 1]) for i, text in enumerate(shown) if text.startswith(("sample", "<z"))]
     a, b, c, none = *task.strategies, "no strategy"
     assert heads == [("sample 1", a), ("sample 2", a), ("sample 3", none), ("<z1>", c), ("<z2>", none), ("<z3>", b)]
     for y in (first, second, third, wrong):
         for line in " ".join(y).split(" ; "):
             assert line in shown
-    assert shown.count("3 x = 9 9") == 2 and shown.count("ans 1 7") == 2
+    assert shown.count("3 x = 9 9") == 2 and shown.count("ans 1 7") == 2 and "x = 3 x + 5 = 2 0" in shown
+    bands = [to_hex(band.get_facecolor()[0]) for band in axis.collections]
+    colours = {a: "C0", b: "C1", c: "C2", none: "gray"}
+    assert bands == [to_hex(colours[name]) for _, name in heads for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What the README shows for a seventh task and for a new loss works: its blocks are applied to a copy of the code."""
+"""What the pages show for a seventh task and for a new loss works: their blocks are applied to a copy of the code."""
 import json
 import math
 import os
@@ -13,12 +13,17 @@ import pytest
 
 from conftest import ROOT
 
+# where the blocks stand: a page, and the title of a section of it
+TASK_PAGE, TASK_SECTION = "configs/README.md", "Add your own task"
+LOSS_PAGE, LOSS_SECTION = "README.md", "Add a loss, a task"
 
-def blocks(section, language):
-    """The code blocks of a README section."""
-    with open(os.path.join(ROOT, "README.md")) as f:
-        text = f.read().split(f"## {section}\n")[1].split("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+def blocks(page, section, language):
+    """The code blocks of a section, without those of other languages."""
+    with open(os.path.join(ROOT, page)) as f:
+        text = f.read()
+    assert f"\n## {section}\n" in text, f"{page} has no section '{section}'"
+    return re.findall(rf"```{language}\n(.*?)```", text.split(f"\n## {section}\n")[1].split("\n## ")[0], re.DOTALL)
 
 
 def write_between(path, before, new, after):
@@ -59,21 +64,23 @@ def fork(tmp_path):
     for name in os.listdir(ROOT):
         if name.endswith(".py"):
             shutil.copy(os.path.join(ROOT, name), tmp_path)
-    shutil.copytree(os.path.join(ROOT, "configs"), tmp_path / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("configs", "harness"):
+        shutil.copytree(os.path.join(ROOT, name), tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 
 TINY_BASE = """n_layer = 2; n_head = 2; n_embd = 64; block_size = 64
 task_sizes = {"max_factor": 3}; steps = 150; batch_size = 64; eval_every = 150; final_eval_size = 100; chunks = 1
 """
-TINY = ["--steps=8", "--held_steps=4", "--responsibility_steps=2", "--pool_size=64", "--cluster_inputs=24",
-        "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=10", "--eval_every=8", "--look_inputs=8",
-        "--eval_inputs=8", "--eval_samples=2", "--chunks=1"]
+TINY = ["--steps=8", "--fixed_label_steps=4", "--responsibility_steps=2", "--pool_size=64", "--cluster_inputs=24",
+        "--cluster_responses=6", "--cluster_restarts=4", "--section_steps=10", "--eval_every=8",
+        "--validation_inputs=8", "--eval_inputs=8", "--eval_samples=2", "--chunks=1"]
 
 
 def add_task(fork):
-    """Puts the README's block into tasks.py and its two configs beside the others; the base is made small."""
-    code, *config_files = blocks("Add your own task", "python")
+    """Puts the page's block into tasks.py and its two configs beside the others; the base is made small."""
+    code, *config_files = blocks(TASK_PAGE, TASK_SECTION, "python")
+    assert len(config_files) == 2
     write_between(fork / "tasks.py", "", code + "\n\n", 'if __name__ == "__main__":')
     for content in config_files:
         path = content.split()[3]  # '# python factorize.py configs/...'
@@ -102,15 +109,16 @@ def test_the_seventh_task_does_what_its_docstring_says(fork):
     for strategy, *y in examples:
         assert task.trace(x, strategy) == y and task.parse(y).answer == ["3", "6"]
     rng = random.Random(0)
-    assert all(task.check(task.sample_input(rng)) is None for _ in range(200))
+    for split in ("train", "validation", "test"):
+        assert all(task.check(task.sample_input(rng, split)) is None for _ in range(100))
     assert all(task.check(text.split()) for text in ("1 2", "1 2 * 9", "9 * 3", "1 2 * 3 * 2", "* 3", "1 2 + 3"))
 
 
 def test_a_new_loss_is_trained_and_logged(fork, workplace):
-    """The README's diff in losses.py and factorize.py: KL(uniform || router) >= 0 is in the log, and takes its share of
-    the objective once it has a weight."""
-    diff, = blocks("Add your own loss", "diff")
-    assert apply_diff(diff, fork) == 3
+    """The page's diff in losses.py and factorize.py, four places: KL(uniform || router) >= 0 is in the log, and takes
+    its share of the objective once it has a weight."""
+    diff, = blocks(LOSS_PAGE, LOSS_SECTION, "diff")
+    assert apply_diff(diff, fork) == 4
     shutil.copytree(workplace / "out" / "tiny_base", fork / "out" / "tiny_base")
     program("factorize.py", "configs/tiny_discrete.py", *TINY, "--router_coverage_weight=0.1", cwd=fork)
     with open(fork / "out" / "tiny_discrete" / "log.jsonl") as f:

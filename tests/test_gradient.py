@@ -7,7 +7,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 
 import factorize
 import train_base
-from harness import config
+from harness import config, parallel
 from harness.parallel import seeded
 from model import fit_latent_section, gaussian, score_latents
 from posterior import Posterior
@@ -95,10 +95,10 @@ def both_gradients(flags, more, posterior, stage, step, only=None):
     cfg, model, q, pairs = setting(flags, more, posterior)
     assert factorize.stage_of(cfg, step) == stage
     log_prior = torch.tensor(cfg.prior or [1.0, 1.0, 1.0]).log().log_softmax(dim=0)
-    weights = factorize.weights(cfg, stage, c_base=1.7)
+    weights = factorize.term_weights(cfg, stage, c_base=1.7)
     weights = {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
     labels = factorize.label_pool(model, q, pairs, stage, cfg, log_prior, seeded(0))
-    labels = factorize.label_batch(model, pairs, labels, stage, cfg, weights, log_prior, seeded(1))
+    pairs, labels = factorize.take_batch(model, pairs, labels, slice(0, 10), stage, cfg, weights, log_prior, seeded(1))
     named = [(n, p) for n, p in [*model.named_parameters(), *q.named_parameters()] if p.requires_grad]
     parameters = [p for _, p in named]
     values, got = factorize.gradient(model, q, pairs, labels, stage, weights, parameters, 3)
@@ -139,7 +139,7 @@ def test_the_gradient_of_each_term_alone_is_that_of_one_graph(workplace, flags, 
     """One term at a time, so that no other hides it; each has a gradient somewhere, unless it is of a posterior that
     stands still or has no weight in the stage."""
     cfg = setting(flags, more, "full")[0]
-    for only, weight in factorize.weights(cfg, stage, c_base=1.7).items():
+    for only, weight in factorize.term_weights(cfg, stage, c_base=1.7).items():
         still = stage == "fixed labels" and only in ("posterior_entropy", "posterior_variance")
         if not weight or still:
             continue
@@ -161,9 +161,10 @@ def test_no_graph_of_a_chunk_outlives_its_gradient(workplace, monkeypatch):
         alive.append(sum(each() is not None for each in sentinels))
         return found
 
+    parallel.start(1)
     score, sentinels, alive = factorize.score_latents, [], []
     cfg, model, q, pairs = setting(SHORT, {}, "linear")
     labels = factorize.label_pool(model, q, pairs, "ELBO", cfg, None, None)
     monkeypatch.setattr(factorize, "score_latents", spy)
-    factorize.gradient(model, q, pairs, labels, "ELBO", factorize.weights(cfg, "ELBO", 1.0), [*model.parameters()], 10)
+    factorize.gradient(model, q, pairs, labels, "ELBO", factorize.term_weights(cfg, "ELBO", 1.0), [*model.parameters()], 10)
     assert len(sentinels) == 10 and set(alive) == {1}

@@ -1,4 +1,4 @@
-"""The GPT against loops, cached sampling against uncached scoring, the latent section, and the posterior."""
+"""The GPT against loops, cached sampling against uncached scoring, the router, and the latent section."""
 import math
 import random
 
@@ -6,11 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (EPS, GPT, GPTConfig, gaussian, insert_latents, pad, sample, sample_in_batches, sample_pairs,
-                   score_base, score_latents)
-from posterior import Posterior, cluster_responses
-from tasks import BOS, EOS, PAD, X, X_END, Y, Y_END, Z, Z_EMPTY, Z_END, Tokenizer
-from train_base import load_base
+from model import (EPS, GPT, GPTConfig, Pairs, as_pairs, fit_latent_section, gaussian, in_chunks, insert_latents,
+                   log_likelihood, pad, sample, sample_in_batches, sample_pairs, score_base, score_latents, score_router)
+from tasks import BOS, EOS, PAD, X, X_END, Y, Y_END, Z, Z_EMPTY, Z_END
 
 VOCAB = 20
 
@@ -82,7 +80,7 @@ def test_cached_sampling_scores_like_an_uncached_pass(model):
     pairs = sample_pairs(model, prompts(64), torch.Generator().manual_seed(1))
     assert len(set((pairs.ids != PAD).sum(dim=1).tolist())) > 5
     scored = pairs.ids != PAD  # this random model also samples <pad> now and then
-    assert torch.allclose(score_base(model, pairs.ids, pairs.starts)[scored], pairs.b[scored], atol=1e-3)
+    assert torch.allclose(score_base(model, pairs)[scored], pairs.b[scored], atol=1e-3)
 
 
 def test_nothing_follows_the_end(model):
@@ -127,114 +125,141 @@ def test_the_latent_section_stands_before_y_and_takes_no_position():
     assert rows[0, 1].tolist() == [BOS, X, 11, 12, X_END, Z, VOCAB + 2, Z_END, Y, 13, Y_END, EOS]
     assert rows[1, 0].tolist() == [BOS, X, 11, X_END, Z, VOCAB, Z_END, Y, 13, Y_END, EOS, PAD]
     assert model.positions(rows[:, 1])[0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 8]
+    rows = insert_latents(ids, starts, torch.tensor([[Z_EMPTY]] * 2))  # where z is continuous
+    assert model.positions(rows[:, 0]).tolist() == [[0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 8],
+                                                    [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 7, 7]]
+
+
+def records(n):
+    """n records of different lengths: as Pairs, and as id lists."""
+    rows = [p + [12, 13, 14, 11, 12][:i % 6] + [Y_END, EOS] for i, p in enumerate(prompts(n))]
+    ids = pad(rows)
+    return Pairs(ids, torch.tensor([len(p) for p in prompts(n)]), torch.zeros(ids.shape)), rows
+
+
+def with_random_latents(model, **latents):
+    """The model of `with_latents` with embeddings of '<z> z </z>' that matter."""
+    torch.manual_seed(1)
+    model = model.with_latents(**latents).requires_grad_(False)
+    model.embed.weight[[Z, Z_EMPTY, Z_END]] += torch.randn(3, 16)
+    model.embed.weight[VOCAB:] += torch.randn(len(model.embed.weight) - VOCAB, 16)
+    return model
 
 
 def test_scoring_under_all_latents_is_scoring_one_at_a_time(model):
-    """token_nll[i, k] from an explicit forward of '<bos> <x> x </x> <z> z_k </z> <y> y'; router logits from the router
-    prompt alone; a choice of latents gives the matching columns."""
-    torch.manual_seed(1)
-    canonical = sample_pairs(model, prompts(5), torch.Generator().manual_seed(1))
-    model = model.with_latents(3, canonical, steps=1).requires_grad_(False)
-    model.embed.weight[-3:] += torch.randn(3, 16)
-    records = [p + [12, 13, 14, 11, 12][:n] + [Y_END, EOS] for n, p in enumerate(prompts(5))]
-    ids, starts = pad(records), torch.tensor([len(p) for p in prompts(5)])
-    nll, logits, router = score_latents(model, ids, starts)
-    for i, (record, start) in enumerate(zip(records, starts.tolist())):
+    """token_nll[i, k] from an explicit forward of '<bos> <x> x </x> <z> z_k </z> <y> y'; router logits from the prompt
+    alone, which ends in <z>; a choice of latents gives the matching columns; logits are those behind the nll."""
+    model, (pairs, rows) = with_random_latents(model, n_latents=3), records(5)
+    nll, logits, router = score_latents(model, pairs)
+    for i, (record, start) in enumerate(zip(rows, pairs.starts.tolist())):
         assert torch.allclose(model(torch.tensor([record[:start - 1] + [Z]]))[0, -1], router[i], atol=1e-4)
         for k in range(3):
             row = record[:start - 1] + [Z, VOCAB + k, Z_END] + record[start - 1:]
-            logp = model(torch.tensor([row]))[0].log_softmax(dim=-1)
-            slow = [-logp[t + 2, record[t]].item() for t in range(start, len(record))]
+            explicit = model(torch.tensor([row]))[0]
+            slow = [-explicit[t + 2].log_softmax(dim=0)[record[t]].item() for t in range(start, len(record))]
             assert nll[i, k, start:len(record)].tolist() == pytest.approx(slow, abs=1e-3)
+            assert torch.allclose(logits[i, k, start:len(record)], explicit[start + 2:-1], atol=1e-4)
             assert nll[i, k, :start].abs().sum() == nll[i, k, len(record):].abs().sum() == 0
     z = torch.tensor([[2], [0], [1], [2], [0]])
-    chosen = score_latents(model, ids, starts, VOCAB + z)[0][:, 0]
+    chosen = score_latents(model, pairs, VOCAB + z)[0][:, 0]
     assert torch.allclose(chosen, nll[torch.arange(5), z[:, 0]], atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def trained(workplace):
-    """The tiny base and two sets of its own samples."""
-    base, task, _ = load_base("out/tiny_base/ckpt.pt")
-    tokenizer, rng, generator = Tokenizer(task.vocab), random.Random("trained"), torch.Generator().manual_seed(0)
-    pairs = [sample_pairs(base, [tokenizer.prompt(task.sample_input(rng, False)) for _ in range(512)], generator)
-             for _ in range(2)]
-    return base.requires_grad_(False), *pairs
+@pytest.mark.parametrize("latents", [{"n_latents": 3}, {"n_latents": 0, "z_dim": 2}])
+def test_the_router_is_read_at_z_in_the_place_of_y(model, latents):
+    """score_router[i] = what GPT.route says at the end of '<bos> <x> x </x> <z>', whatever follows the prompt, and what
+    score_latents says with the generator behind it."""
+    model, (pairs, rows) = with_random_latents(model, **latents), records(5)
+    if model.config.z_dim:
+        torch.nn.init.normal_(model.gaussian_router.weight)
+    found = score_router(model, pairs)
+    for i, (record, start) in enumerate(zip(rows, pairs.starts.tolist())):
+        ids = torch.tensor([record[:start - 1] + [Z]])
+        alone = model.route(model.hidden_states(ids)[-1][:, -1])
+        assert torch.allclose(found[i], alone[0], atol=1e-4)
+        if not model.config.z_dim:
+            assert torch.allclose(found[i], model(ids)[0, -1], atol=1e-4)
+    assert found.shape == (5, 4 if model.config.z_dim else VOCAB + 3) and found.std(dim=0).min() > 1e-3
+    z = torch.randn(5, 2, 2) if model.config.z_dim else None
+    assert torch.allclose(score_latents(model, pairs, z)[2], found, atol=1e-4)
+    other, t = pairs.ids.clone(), torch.arange(pairs.ids.shape[1])
+    other[t >= pairs.starts[:, None]] = 15
+    assert torch.equal(score_router(model, pairs._replace(ids=other)), found)
+    assert torch.equal(pairs.ids, pad(rows)), "the records themselves stay as they are"
+
+
+def test_likelihoods_computed_in_chunks_come_back_in_the_order_of_the_pairs(model):
+    """70 pairs of many lengths, 16 at a time: the same as in one pass, for tokens and for vectors of each pair."""
+    (pairs, _), seen = records(70), []
+    assert torch.equal(in_chunks(lambda chunk: seen.append(len(chunk.ids)) or chunk.starts, pairs), pairs.starts)
+    assert len(seen) == 5 and max(seen) <= 16
+    discrete = with_random_latents(model, n_latents=3)
+    one_pass = -score_latents(discrete, pairs)[0].sum(dim=2)
+    assert torch.allclose(log_likelihood(discrete, pairs), one_pass, atol=1e-3) and one_pass.std() > 1
+    model, z = continuous(), torch.randn(70, 2, 3, generator=torch.Generator().manual_seed(0))
+    one_pass = -score_latents(model, pairs, z)[0].sum(dim=2)
+    assert torch.allclose(log_likelihood(model, pairs, z), one_pass, atol=1e-3)
+
+
+def test_new_tokens_leave_the_base_as_it_was(model):
+    """Records without '<z> z </z>' have the base's logits; a new token is as unlikely as <z_empty>; a Gaussian router
+    begins as N(0, I) for every x. The base's own tensors are not touched."""
+    before, ids = {name: p.clone() for name, p in model.state_dict().items()}, pad(prompts(5))
+    wide = model.with_latents(3)
+    assert wide.config.vocab_size == VOCAB + 3 and wide.config.n_latents == 3
+    assert torch.allclose(wide(ids)[..., :-3], model(ids), atol=1e-5)
+    assert torch.equal(wide(ids)[..., -3:], wide(ids)[..., [Z_EMPTY] * 3])
+    wide = model.with_latents(0, z_dim=2)
+    assert torch.allclose(wide(ids), model(ids), atol=1e-5)
+    assert not score_router(wide, as_pairs(ids.tolist(), map(len, prompts(5)))).any()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
 def test_a_fresh_factorization_starts_at_the_base(trained):
-    """|NLL of y given (x, z_k) - base NLL of y| <= 5% for every k, on samples the slot was not fitted to; all the
-    base's weights are kept, the latents differ, and a section of ordinary embeddings would have broken it."""
-    base, pairs, (ids, starts, _) = trained
-    ids, starts = ids[:256], starts[:256]
+    """|NLL of y given (x, z_k) - base NLL of y| <= 5% for every k, on samples that '<z> z </z>' was not fitted to; the
+    latents differ, and a section of ordinary embeddings would have broken it."""
+    base, fitted_to, pairs = trained
+    pairs = pairs.rows(slice(256))
     torch.manual_seed(0)
-    nll = score_base(base, ids, starts).sum(dim=1).mean()
-    model = base.with_latents(4, pairs, steps=50)
+    base_nll = score_base(base, pairs).sum(dim=1).mean()
+
+    def nll(model, z=None):
+        return score_latents(model, pairs, z)[0].detach().sum(dim=2).mean(dim=0)
+
+    model = fit_latent_section(base.with_latents(4), fitted_to, steps=50)
+    fresh = nll(model)
+    assert ((fresh - base_nll).abs() <= 0.05 * base_nll).all() and fresh.unique().numel() == 4
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    model.requires_grad_(False)
-    fresh = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
-    assert ((fresh - nll).abs() <= 0.05 * nll).all() and fresh.unique().numel() == 4
-    assert all(torch.equal(p, model.state_dict()[name]) for name, p in base.state_dict().items() if "blocks" in name)
-    ordinary = ids[~torch.isin(ids, torch.tensor([Z, Z_END, Z_EMPTY])).any(dim=1)]  # a bad base may sample anything
-    assert len(ordinary) > 200 and torch.allclose(model(ordinary)[..., :-4], base(ordinary), atol=1e-5)
-    model.embed.weight[[Z, Z_END, -4, -3, -2, -1]] = model.embed.weight[[12, 13, 14, 15, 16, 17]]
-    broken = score_latents(model, ids, starts)[0].sum(dim=2).mean(dim=0)
-    assert (broken - nll).abs().min() > 0.05 * nll
-    model = base.with_latents(0, pairs, steps=50, z_dim=3).requires_grad_(False)
-    z = torch.cat([torch.zeros(len(ids), 1, 3), torch.randn(len(ids), 2, 3)], dim=1)
-    fresh = score_latents(model, ids, starts, z)[0].sum(dim=2).mean(dim=0)
-    assert ((fresh - nll).abs() <= 0.05 * nll).all() and fresh.unique().numel() == 3
+    broken = base.with_latents(4).requires_grad_(False)
+    broken.embed.weight[[Z, Z_END, -4, -3, -2, -1]] = broken.embed.weight[[12, 13, 14, 15, 16, 17]]
+    assert (nll(broken) - base_nll).abs().min() > 0.05 * base_nll
+    model = fit_latent_section(base.with_latents(0, z_dim=3), fitted_to, steps=50)
+    fresh = nll(model, torch.cat([torch.zeros(256, 1, 3), torch.randn(256, 2, 3)], dim=1))
+    assert ((fresh - base_nll).abs() <= 0.05 * base_nll).all() and fresh.unique().numel() == 3
 
 
-def test_a_linear_posterior_trains_its_head_and_a_full_one_everything(trained):
-    base, _, _ = trained
-    pairs = sample_pairs(base, prompts(12), torch.Generator().manual_seed(0))
-    for adaptation in ("linear", "full"):
-        q = Posterior(base, 3, adaptation)
-        q.fit_statistics(pairs)
-        q(pairs)[:, 0].sum().backward()
-        assert q.head.weight.grad.abs().sum() > 0
-        got = [p.grad is not None and p.grad.abs().sum() > 0 for p in q.backbone.blocks.parameters()]
-        assert all(got) if adaptation == "full" else not any(got)
+def test_fitting_the_latent_section_moves_its_embeddings_and_nothing_else(trained):
+    """Latents are <z_empty> with a tenth of its size as noise; E(z) is as small, for z ~ N(0, I), and bends with z."""
+    base, fitted_to, _ = trained
+    torch.manual_seed(0)
+    model = base.with_latents(4)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    fit_latent_section(model, fitted_to, steps=3)
+    after, V = model.state_dict(), base.config.vocab_size
+    assert {name for name in after if not torch.equal(before[name], after[name])} == {"embed.weight"}
+    moved = (after["embed.weight"] != before["embed.weight"]).any(dim=1).nonzero()[:, 0]
+    assert moved.tolist() == [Z, Z_END, Z_EMPTY, *range(V, V + 4)]
+    noise = after["embed.weight"][V:] - after["embed.weight"][Z_EMPTY]
+    assert noise.std() == pytest.approx(0.1 * after["embed.weight"][Z_EMPTY].std().item(), rel=0.3)
+    model = fit_latent_section(base.with_latents(0, z_dim=3), fitted_to, steps=3).requires_grad_(False)
+    z = torch.randn(1000, 3)
+    size = (model.embed_z(z) - model.embed_z(torch.zeros(1, 3))).square().mean().sqrt()
+    assert 0.05 < size / model.embed.weight[Z_EMPTY].std() < 0.3
+    bend = model.embed_z(z) + model.embed_z(-z) - 2 * model.embed_z(torch.zeros(1, 3))
+    assert bend.square().mean().sqrt() > 0.3 * size
 
 
-def test_posterior_features_are_standardised_and_ignore_padding_and_company(trained):
-    base, _, _ = trained
-    pairs = sample_pairs(base, prompts(40), torch.Generator().manual_seed(0))
-    q = Posterior(base, 3)
-    features = q.fit_statistics(pairs)
-    assert torch.allclose(features, q.features(pairs), atol=1e-3)
-    assert features.mean(dim=0).abs().max() < 1e-3
-    assert torch.allclose(q.features(pairs.rows(torch.tensor([5]))), features[5:6], atol=1e-3)
-    assert torch.equal(q.fit_statistics(pairs), features)  # whatever was fitted before
-
-
-def test_clusters_mean_the_same_for_every_input_where_plain_distances_do_not():
-    """features = large offset of x + direction of the strategy + noise, one response a strategy: constrained, centred
-    k-means finds the strategies; the nearest raw centroids, which are those of x, do not. Same seed, same labels."""
-    generator = torch.Generator().manual_seed(0)
-    n, S = 200, 3
-    x_index, strategy = torch.arange(n).repeat_interleave(S), torch.arange(S).repeat(n)
-    features = (10 * torch.randn(n, 40, generator=generator)[x_index]
-                + 2 * torch.randn(S, 40, generator=generator)[strategy]
-                + 0.5 * torch.randn(n * S, 40, generator=generator))
-    prior, log_p = torch.full((S,), -math.log(S)), torch.full((n * S,), -math.log(S))
-
-    def labels(features):
-        generator = torch.Generator().manual_seed(1)
-        return cluster_responses(features, x_index, log_p, prior, generator, restarts=8)
-
-    log_t, agreement = labels(features)
-    assert agreement > 0.5  # whatever a restart calls its clusters
-    joint = torch.zeros(S, S).index_put_((log_t.argmax(dim=1), strategy), torch.ones(n * S), accumulate=True) / n
-    assert joint.max(dim=1).values.min() > 0.95 and joint.max(dim=0).values.min() > 0.95
-    assert torch.equal(log_t, labels(features)[0])
-    raw = torch.cdist(features, features[:S]).argmin(dim=1)
-    plain = torch.zeros(S, S).index_put_((raw, strategy), torch.ones(n * S), accumulate=True) / n
-    assert plain.max(dim=0).values.min() < 0.8
-
-
-def continuous(model, z_dim=3):
+def continuous(z_dim=3):
     torch.manual_seed(1)
     model = GPT(GPTConfig(VOCAB, 0, 24, 2, 2, 16, z_dim=z_dim))
     for p in model.parameters():
@@ -243,9 +268,9 @@ def continuous(model, z_dim=3):
     return model.requires_grad_(False)
 
 
-def test_z_changes_the_embedding_of_its_slot_and_nothing_else(model):
+def test_z_changes_the_embedding_of_z_empty_and_nothing_else():
     """hidden_states of z against those of a model whose <z_empty> embedding is that of <z_empty> plus E(z)."""
-    model, z = continuous(model), torch.tensor([[0.5, -1.0, 2.0]])
+    model, z = continuous(), torch.tensor([[0.5, -1.0, 2.0]])
     ids = torch.tensor([[BOS, X, 11, X_END, Z, Z_EMPTY, Z_END, Y, 12, Y_END]])
     plain, shifted = model.hidden_states(ids), model.hidden_states(ids, z=z)
     changed = (shifted[0] - plain[0]).abs().sum(dim=2)[0] > 0
@@ -254,9 +279,9 @@ def test_z_changes_the_embedding_of_its_slot_and_nothing_else(model):
     assert torch.allclose(model.hidden_states(ids)[-1], shifted[-1], atol=1e-5)
 
 
-def test_sampling_under_a_continuous_z_scores_like_an_uncached_pass(model):
+def test_sampling_under_a_continuous_z_scores_like_an_uncached_pass():
     """Prompts of different lengths, a z for each, through batches: every z stays with its prompt."""
-    model = continuous(model)
+    model = continuous()
     some = [[*p[:-1], Z, Z_EMPTY, Z_END, Y] for p in prompts(7)]
     z = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
     found = sample_in_batches(model, some, torch.Generator().manual_seed(0), z=z, batch=3)
@@ -276,31 +301,3 @@ def test_a_standard_deviation_is_bounded_whatever_comes_in():
     for raw in (0.0, 1e9, -1e9):
         mean, log_var = gaussian(torch.full((1, 4), raw))
         assert mean.shape == log_var.shape == (1, 2) and (mean == raw).all() and log_var.abs().max() <= 5
-
-
-def test_the_corners_of_a_posterior_have_unit_variance_and_equal_distances(trained):
-    """Fitted to four clusters that its features tell apart, a continuous posterior starts there."""
-    base, pairs, _ = trained
-    q = Posterior(base, 4, z_dim=5)
-    features, cluster = torch.zeros(400, q.head.in_features), torch.arange(400) % 4
-    features[torch.arange(400), cluster] = 2.0
-    q.place_corners(torch.full((4,), 0.25), std=0.5)
-    q.fit_head(features, F.one_hot(cluster, 4).float().log().clamp(min=-50), torch.ones(400), steps=2000,
-               weight_decay=0.0)
-    mean, log_var = gaussian(q.head(features).detach())
-    distances = torch.pdist(mean[:4])
-    assert distances.std() < 0.02 * distances.mean()
-    assert torch.allclose((mean.var(dim=0) + log_var.exp()[0])[:3], torch.ones(3), atol=0.05)
-    assert torch.allclose((0.5 * log_var[0]).exp(), torch.tensor([0.5, 0.5, 0.5, 1, 1]), atol=1e-3)
-    assert mean[:, 3:].abs().max() < 0.05
-
-
-@pytest.mark.parametrize("std", [0.1, 0.3])
-@pytest.mark.parametrize("share", [(1 / 3, 1 / 3, 1 / 3), (0.6, 0.3, 0.1)])
-def test_a_cell_takes_as_much_of_space_as_its_cluster_of_the_responses(trained, share, std):
-    """Also where clusters are of different sizes; a corner is in its own cell."""
-    q = Posterior(trained[0], 3, z_dim=2)
-    q.place_corners(torch.tensor(share), std)
-    found = q.cell(torch.randn(20000, 2, generator=torch.Generator().manual_seed(1))).bincount(minlength=3) / 20000
-    assert torch.allclose(found, torch.tensor(share), atol=0.015), found
-    assert q.cell(q.corners).tolist() == [0, 1, 2]

@@ -9,16 +9,17 @@ import weakref
 import pytest
 import torch
 
-import configs
 import factorize
-import parallel
 from conftest import ROOT
-from tasks import SPECIALS
+from harness import config, parallel
 from model import GPT, GPTConfig, sample
+from tasks import SPECIALS
 
-SMALL = ["--steps=5", "--held_steps=2", "--responsibility_steps=2", "--eval_every=5", "--pool_size=64",
-         "--slot_steps=2", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--eval_inputs=4",
-         "--eval_samples=2", "--look_inputs=4", "--chunks=4", "--router_marginal_kl_weight=0.3", "--seed=1"]
+SMALL = ["--steps=5", "--eval_every=5", "--pool_size=64", "--section_steps=2", "--cluster_inputs=16",
+         "--cluster_responses=6", "--cluster_restarts=4", "--eval_inputs=4", "--eval_samples=2",
+         "--validation_inputs=4", "--chunks=4", "--seed=1"]
+DISCRETE = ["--fixed_label_steps=2", "--responsibility_steps=2", "--router_marginal_kl_weight=0.3"]
+CONTINUOUS = ["--z_dim=2", "--cell_steps=3"]  # the term of the routers' moments has a weight by default
 
 
 def run_of(folder):
@@ -26,14 +27,15 @@ def run_of(folder):
     with open(folder / "log.jsonl") as f:
         log = [{key: value for key, value in json.loads(line).items() if key != "minutes"} for line in f]
     checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
-    return log, {**checkpoint["model"], **checkpoint["posterior"],
-                 **{f"base {key}": value for key, value in checkpoint["base"]["model"].items()}}
+    parts = {"model": checkpoint["model"], "posterior": checkpoint["posterior"], "base": checkpoint["base"]["model"]}
+    return log, {f"{part} {key}": weight for part, weights in parts.items() for key, weight in weights.items()}
 
 
-@pytest.mark.parametrize("z", ["--z_dim=0", "--z_dim=2"])
-def test_two_processes_equal_one(tmp_path, monkeypatch, z):
+@pytest.mark.parametrize("stages, router_term", [(DISCRETE, "router_marginal_kl"), (CONTINUOUS, "router_moment_kl")],
+                         ids=["discrete", "continuous"])
+def test_two_processes_equal_one(tmp_path, monkeypatch, stages, router_term):
     """Five steps of a base, then five of its factorization through all stages: losses and weights agree to 1e-5. The
-    responsibilities, and the marginal of the router, are those of all pairs, wherever they were scored."""
+    responsibilities, and the marginal of the routers, are those of all pairs, wherever they were scored."""
     with open(tmp_path / "base.py", "w") as f:
         f.write('task = "grid_pathfinding"\ntask_sizes = {"side": 8, "max_distance": 3}\nn_layer = 2\nn_head = 2\n'
                 'n_embd = 32\nblock_size = 48\nsteps = 5\nwarmup = 0\nbatch_size = 24\nchunks = 4\n'
@@ -41,18 +43,21 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, z):
     with open(tmp_path / "run.py", "w") as f:
         f.write('base = "base.py"\nbatch_size = 32\n')
     monkeypatch.chdir(tmp_path)
-    command = [os.path.join(ROOT, "factorize.py"), "run.py", *SMALL, z]
+    command = [os.path.join(ROOT, "factorize.py"), "run.py", *SMALL, *stages]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            *command, "--threads=1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run step 5/5") == 1 and done.stdout.count("wrote out/run/metrics.json") == 1
     log, weights = run_of(tmp_path / "out" / "run")
     os.rename(tmp_path / "out", tmp_path / "of two")
-    factorize.factorize(configs.load(factorize, command[1:]))
+    factorize.factorize(config.load(factorize, command[1:]))
     log_of_one, weights_of_one = run_of(tmp_path / "out" / "run")
+    assert {entry["stage"] for entry in log} >= {"fixed labels", "ELBO"} and log[-1][router_term] > 1e-6
     for entry, entry_of_one in zip(log, log_of_one, strict=True):
-        assert entry.pop("strategy_by_latent", None) == entry_of_one.pop("strategy_by_latent", None)
+        for key in ("stage", "strategy_by_latent"):
+            assert entry.pop(key, None) == entry_of_one.pop(key, None)
         assert entry == pytest.approx(entry_of_one, abs=1e-5)
+    assert weights.keys() == weights_of_one.keys()
     for name, weight in weights_of_one.items():
         assert torch.allclose(weights[name], weight, rtol=0, atol=1e-5), name
 
@@ -61,22 +66,24 @@ def test_one_process_of_torchrun_leaves_as_two_do(tmp_path):
     """What it joined it leaves, and what starts after that, as the evaluation does, starts alone."""
     program = tmp_path / "program.py"
     program.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport torch.distributed as dist\n"
-                       "import parallel\nparallel.start(1)\nassert dist.is_initialized() and parallel.leave()\n"
+                       "from harness import parallel\nparallel.start(1)\n"
+                       "assert dist.is_initialized() and parallel.leave()\n"
                        "parallel.start(1)\nassert not dist.is_initialized() and parallel.processes == 1\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", program]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_shares_of_all_processes_make_up_the_pieces(monkeypatch):
-    """Every piece is some process's, none is two's, and gather puts results back in the order of the pieces."""
-    pieces, processes = list(range(7)), 3
+def test_shares_of_all_processes_make_up_the_chunks(monkeypatch):
+    """Every chunk is some process's, none is two's, and gather puts results back in the order of the chunks."""
+    chunks, processes = list(range(7)), 3
     shares = []
     for rank in range(processes):
         monkeypatch.setattr(parallel, "rank", rank)
         monkeypatch.setattr(parallel, "processes", processes)
-        shares.append(parallel.mine(pieces))
-    assert sorted(sum(shares, [])) == pieces
+        shares.append(parallel.mine(chunks))
+    assert sorted(sum(shares, [])) == chunks
+
     def all_gather(everyone, found):
         for i, share in enumerate(shares):
             buffer = io.BytesIO()
@@ -84,7 +91,7 @@ def test_shares_of_all_processes_make_up_the_pieces(monkeypatch):
             everyone[i] = buffer.getvalue()
 
     monkeypatch.setattr(parallel.dist, "all_gather_object", all_gather)
-    assert parallel.gather(shares[0]) == pieces
+    assert parallel.gather(shares[0]) == chunks
 
 
 def test_sums_do_not_depend_on_their_order():
@@ -95,7 +102,7 @@ def test_sums_do_not_depend_on_their_order():
 
 
 def test_a_sum_keeps_none_of_its_parts():
-    """Gradients of many pieces are as large as many models."""
+    """Gradients of many chunks are as large as many models."""
     left = []
 
     def parts():
@@ -107,6 +114,12 @@ def test_a_sum_keeps_none_of_its_parts():
             assert sum(part() is not None for part in left) <= 1
 
     assert parallel.add_up(parts())[0].tolist() == [9, 9, 9]
+
+
+def test_fewer_chunks_than_processes_are_one_line():
+    """Such as where a batch has fewer pairs: a process is left without work."""
+    with pytest.raises(SystemExit, match=r"fewer chunks than there are processes \(1\): raise batch_size"):
+        parallel.sum_chunks(lambda chunk: (chunk,), [])
 
 
 def small_gpt():
@@ -125,23 +138,8 @@ def test_bfloat16_is_close_to_float32_and_leaves_sampling_alone(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(samples, sample(model, ids.tolist(), parallel.seeded(0))))
 
 
-def test_compiled_blocks_compute_the_same(monkeypatch):
-    """Traced as for --compile=True, though run by the backend that needs no C++ compiler."""
-    model, ids = small_gpt()
-    loss = model(ids).square().mean()
-    want = torch.autograd.grad(loss, list(model.parameters()))
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, backend="aot_eager", **kwargs))
-    model.compile()
-    compiled_loss = model(ids).square().mean()
-    assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    for a, b in zip(want, torch.autograd.grad(compiled_loss, list(model.parameters()))):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
-    assert len(model.compiled) == 2 and not any("compiled" in key for key in model.state_dict())
-
-
 @pytest.mark.parametrize("flag, line", [("--device=tpu", "'device'"), ("--precision=float8", "'precision'")])
 def test_a_device_that_is_not_there_is_one_line(workplace, flag, line):
     with pytest.raises(SystemExit) as stop:
-        factorize.factorize(configs.load(factorize, ["configs/tiny_discrete.py", "--name=nowhere", flag]))
+        factorize.factorize(config.load(factorize, ["configs/tiny_discrete.py", "--name=nowhere", flag]))
     assert line in str(stop.value) and not os.path.exists("out/nowhere")

@@ -14,35 +14,60 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-import configs
 import evaluate
 import factorize
-import figures
 import losses
-import metrics
 import tasks
 import train_base
 from conftest import ROOT
-from parallel import seeded
+from harness import config, figures, runs
+from harness.optim import set_learning_rates
+from harness.parallel import seeded
+from model import GPT, gaussian, score_latents, score_router
+from posterior import Posterior
+from tasks import Tokenizer
 
-SHORT = ["configs/tiny_discrete.py", "--steps=4", "--held_steps=1", "--responsibility_steps=2", "--eval_every=2",
-         "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4", "--slot_steps=2", "--pool_size=32",
-         "--eval_inputs=8", "--eval_samples=2", "--look_inputs=4", "--chunks=1", "--overwrite=True"]
+BOTH = ["--steps=4", "--eval_every=2", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4",
+        "--section_steps=2", "--pool_size=32", "--eval_inputs=8", "--eval_samples=2", "--validation_inputs=4",
+        "--chunks=1", "--overwrite=True"]
+SHORT = ["configs/tiny_discrete.py", *BOTH, "--fixed_label_steps=1", "--responsibility_steps=2"]
+SHORT_CONTINUOUS = ["configs/tiny_continuous.py", *BOTH, "--cell_steps=2"]
+KINDS = pytest.mark.parametrize("short", [SHORT, SHORT_CONTINUOUS], ids=["discrete", "continuous"])
 
 
-def run(name, *flags):
-    """Factorizes in process; returns (log entries without the clock, weights of the generator)."""
-    folder = factorize.factorize(configs.load(factorize, [*SHORT, f"--name={name}", *flags]))
-    with open(os.path.join(folder, "log.jsonl")) as f:
-        log = [json.loads(line) for line in f]
-    for entry in log:
-        entry.pop("minutes")
-    return log, torch.load(os.path.join(folder, "ckpt.pt"), weights_only=True)["model"]
+def read_log(name):
+    """The entries of a run's log, without the clock."""
+    with open(f"out/{name}/log.jsonl") as f:
+        return [{key: value for key, value in json.loads(line).items() if key != "minutes"} for line in f]
+
+
+def load(name):
+    return torch.load(f"out/{name}/ckpt.pt", weights_only=True)
+
+
+def run(name, *flags, short=SHORT):
+    """Factorizes in process; returns (log entries without the clock, weights of the model and of the posterior)."""
+    factorize.factorize(config.load(factorize, [*short, f"--name={name}", *flags]))
+    return read_log(name), {f"{part} {key}": value for part in ("model", "posterior")
+                            for key, value in load(name)[part].items()}
 
 
 def same(a, b):
-    return all(torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def get_base(short):
+    """The frozen base of a factorization, its task, and its checkpoint."""
+    cfg = config.load(factorize, short)
+    return train_base.get_base(factorize.load_base_config(cfg), cfg.base)
+
+
+def inputs(task, pairs):
+    """The x of every pair, a list of tokens."""
+    tokenizer = Tokenizer(task.vocab)
+    return [tokenizer.decode(row[2:start - 2]) for row, start in zip(pairs.ids.tolist(), pairs.starts.tolist())]
 
 
 def program(*argv, cwd):
@@ -52,25 +77,101 @@ def program(*argv, cwd):
     return done.returncode, done.stdout, done.stderr.strip().splitlines()
 
 
+def spy(monkeypatch, module, name, note):
+    """Calls note(*args) with the arguments of every call of module.name, before the call."""
+    real = getattr(module, name)
+
+    def noted(*args, **kwargs):
+        note(*args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, noted)
+
+
 @pytest.fixture(scope="module")
 def reference(workplace):
     return run("reference")
 
 
-def test_the_base_learns_and_its_checkpoint_holds_c_base(workplace):
-    """The held-out NLL falls, stays above the entropy of the mixture, log S, and is stored as c_base."""
-    with open("out/tiny_base/log.jsonl") as f:
-        first, *_, last = [json.loads(line) for line in f]
-    assert first["nll"] > last["nll"] > math.log(3) - 0.05
-    assert torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"] == last["nll"]
+@pytest.fixture(scope="module")
+def continuous(workplace):
+    return run("continuous", short=SHORT_CONTINUOUS)
 
 
-def test_a_batch_in_pieces_trains_the_base_like_a_whole_one(workplace):
+@pytest.fixture
+def reference_of(reference, continuous):
+    """short -> what the run of its kind gave."""
+    return {"configs/tiny_discrete.py": reference, "configs/tiny_continuous.py": continuous}
+
+
+# ----------------------------------------------------------------------------------------------- the base
+def test_the_base_learns_and_c_base_is_its_last_validation_loss(workplace):
+    """The NLL of validation inputs is far below that before training, and above the entropy of the mixture, log S.
+    metrics.json is of test inputs."""
+    last = read_log("tiny_base")[-1]
+    with open("out/tiny_base/metrics.json") as f:
+        metrics = json.load(f)
+    base, task, checkpoint = get_base(SHORT)
+    assert checkpoint["c_base"] == metrics["c_base"] == last["nll"]
+
+    def nll(model, split):
+        mixture = dict.fromkeys(task.strategies, 1 / 3)
+        return train_base.validate(model, task, Tokenizer(task.vocab), mixture, 64, 0, split)["nll"]
+
+    assert nll(base, "validation") == pytest.approx(last["nll"], rel=1e-4)
+    assert nll(base, "test") == pytest.approx(metrics["nll"], rel=1e-4)
+    assert abs(metrics["nll"] - last["nll"]) > 1e-3
+    assert nll(GPT(base.config), "validation") / 2 > last["nll"] > math.log(3) - 0.05
+
+
+def test_the_base_sees_no_test_input_before_its_last_step(workplace, monkeypatch):
+    """It learns from train inputs, and its log is of validation inputs."""
+    learned, validated, splits = [], [], []
+
+    def note_records(model, records, starts, *more):
+        learned.extend(records[i][:start] for i, start in enumerate(starts))
+
+    spy(monkeypatch, train_base, "gradient", note_records)
+    spy(monkeypatch, train_base, "validate", lambda *args: validated.append((len(learned), args[-1])))
+    spy(monkeypatch, train_base, "record_batch", lambda *args: splits.append(args[-1]))
+    train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=splits", "--steps=4", "--eval_every=2"]))
+    assert splits[-7:] == ["train", "train", "validation", "train", "train", "validation", "test"]
+    assert validated == [(60, "validation"), (120, "validation"), (120, "test")]
+    task = get_base(SHORT)[1]
+    tokenizer = Tokenizer(task.vocab)
+    assert {task.split(tokenizer.decode(prompt[2:-2])) for prompt in learned} == {"train"}
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_validation_is_of_the_split_it_is_asked_for(workplace, monkeypatch, split):
+    """Its records as well as the inputs that it samples a solution for."""
+    base, task, _ = get_base(SHORT)
+    seen = []
+    spy(monkeypatch, train_base, "score_base", lambda model, ids, starts: seen.extend(
+        row[:start] for row, start in zip(ids.tolist(), starts.tolist())))
+    spy(monkeypatch, train_base, "sample_ys", lambda model, tokenizer, prompts, generator: seen.extend(prompts))
+    tokenizer = Tokenizer(task.vocab)
+    train_base.validate(base, task, tokenizer, dict.fromkeys(task.strategies, 1 / 3), 30, 0, split)
+    assert len(seen) == 60 and {task.split(tokenizer.decode(prompt[2:-2])) for prompt in seen} == {split}
+
+
+def test_a_batch_of_the_base_is_a_function_of_seed_and_step(workplace):
+    task = get_base(SHORT)[1]
+
+    def batch(seed, step):
+        cfg = config.load(train_base, ["configs/tiny_base.py", f"--seed={seed}"])
+        return train_base.training_batch(task, Tokenizer(task.vocab), dict.fromkeys(task.strategies, 1 / 3), cfg, step)
+
+    assert batch(0, 0) == batch(0, 0)
+    assert all(a != b for a, b in itertools.combinations([batch(0, 0), batch(0, 1), batch(1, 0), batch(1, 1)], 2))
+
+
+def test_a_batch_in_chunks_trains_the_base_like_a_whole_one(workplace):
     nll = {}
     for chunks in (1, 3):
-        train_base.train(configs.load(train_base, ["configs/tiny_base.py", "--name=pieces", "--overwrite=True",
-                                                   "--steps=8", "--warmup=0", f"--chunks={chunks}"]))
-        with open("out/pieces/metrics.json") as f:
+        train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=chunks", "--overwrite=True",
+                                                  "--steps=8", "--warmup=0", f"--chunks={chunks}"]))
+        with open("out/chunks/metrics.json") as f:
             nll[chunks] = json.load(f)["nll"]
     assert nll[3] == pytest.approx(nll[1], rel=1e-3)
 
@@ -78,11 +179,10 @@ def test_a_batch_in_pieces_trains_the_base_like_a_whole_one(workplace):
 def test_a_mixture_weighs_the_records_of_every_input(workplace):
     """Strategies of next to no weight change nothing, wherever they stand in the batch: loss, floor and gradient."""
     def scores(weights, batch_size):
-        train_base.train(configs.load(train_base, [
+        train_base.train(config.load(train_base, [
             "configs/tiny_base.py", "--name=mixture", "--overwrite=True", "--steps=8", "--warmup=0",
             f"--strategy_weights={weights}", f"--batch_size={batch_size}"]))
-        with open("out/mixture/log.jsonl") as f:
-            return [json.loads(line) for line in f][-1]
+        return read_log("mixture")[-1]
 
     alone, among = scores([0.0, 3.0, 0.0], 10), scores([1e-9, 3.0, 1e-9], 30)
     assert among["loss"] == pytest.approx(alone["loss"], rel=1e-3)  # after 7 equal steps
@@ -91,22 +191,26 @@ def test_a_mixture_weighs_the_records_of_every_input(workplace):
 
 
 def test_three_of_four_training_inputs_are_cropped(workplace, monkeypatch):
-    lengths, score = [], train_base.score_base
-
-    def spy(model, ids, starts):
-        lengths.append((ids != 0).sum(dim=1) - starts)
-        return score(model, ids, starts)
-
-    monkeypatch.setattr(train_base, "score_base", spy)
-    train_base.train(configs.load(train_base, ["configs/tiny_base.py", "--name=crop", "--steps=1", "--crop=5"]))
+    lengths = []
+    spy(monkeypatch, train_base, "score_base", lambda model, ids, starts: lengths.append(
+        (ids != 0).sum(dim=1) - starts))
+    train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=crop", "--steps=1", "--crop=5",
+                                              "--chunks=1"]))
     training, *validation = lengths
     assert (training == 5).sum() == 21 and (training > 5).sum() == 9  # 10 inputs of 3 records
-    assert all((held_out > 5).all() for held_out in validation)
+    assert len(validation) == 2 and all((records > 5).all() for records in validation)
 
 
-def test_the_same_seed_gives_the_same_log_and_weights(reference):
-    log, weights = run("again")
-    assert log == reference[0] and same(weights, reference[1])
+# ----------------------------------------------------------------------------------- what a run depends on
+@KINDS
+def test_the_same_seed_gives_the_same_log_and_weights(reference_of, short):
+    log, weights = run("again", short=short)
+    assert log == reference_of[short[0]][0] and same(weights, reference_of[short[0]][1])
+
+
+@KINDS
+def test_another_seed_gives_another_log(reference_of, short):
+    assert run("other", "--seed=1", short=short)[0] != reference_of[short[0]][0]
 
 
 def test_a_base_trained_just_now_is_as_good_as_one_from_disk(workplace, tmp_path):
@@ -119,202 +223,460 @@ def test_a_base_trained_just_now_is_as_good_as_one_from_disk(workplace, tmp_path
     assert first[0] == again[0] and same(first[1], again[1])
 
 
-def test_another_seed_gives_another_log(reference):
-    assert run("other", "--seed=1")[0] != reference[0]
-
-
-def test_no_label_reaches_training(reference, monkeypatch):
+@KINDS
+def test_no_name_of_a_strategy_reaches_training(reference_of, monkeypatch, short):
     """Renaming and permuting the strategies changes what alignment is called, and not one weight."""
     grid = tasks.TASK_FUNCTIONS["grid_pathfinding"]
 
     def relabelled(**sizes):
         task = grid(**sizes)
         names = list(task.steps)
-        return tasks.Task(task.name, task.vocab, task.draw, task.check, task.answer,
-                          {f"s{i}": task.steps[names[(i + 1) % 3]] for i in range(3)})
+        return dataclasses.replace(task, steps={f"s{i}": task.steps[names[(i + 1) % 3]] for i in range(3)})
 
     monkeypatch.setitem(tasks.TASK_FUNCTIONS, "grid_pathfinding", relabelled)
-    assert same(run("relabelled")[1], reference[1])
+    assert same(run("relabelled", short=short)[1], reference_of[short[0]][1])
 
 
-def test_a_loss_at_weight_zero_takes_no_part(reference, monkeypatch):
-    """Whatever the losses say that weigh nothing by default, even NaN, training is the same; the log has it."""
-    for name in ("token_weighted_nll", "posterior_entropy", "router_marginal_kl", "inter_latent_jsd"):
+@KINDS
+def test_more_threads_change_no_weight(workplace, short):
+    log, weights = run("threads", "--threads=2", "--chunks=3", short=short)
+    one = run("thread", "--threads=1", "--chunks=3", short=short)
+    assert log == one[0] and same(weights, one[1])
+
+
+@KINDS
+def test_a_batch_in_chunks_is_factorized_like_a_whole_one(reference_of, short):
+    log = run("chunks", "--chunks=3", short=short)[0]
+    for entry, whole in zip(log, reference_of[short[0]][0], strict=True):
+        assert {term: entry[term] for term in terms_of(entry)} == pytest.approx(
+            {term: whole[term] for term in terms_of(whole)}, rel=1e-3, abs=1e-6)
+
+
+@KINDS
+def test_an_evaluation_changes_no_weight(reference_of, short):
+    assert same(run("blind", "--eval_every=4", short=short)[1], reference_of[short[0]][1])
+
+
+@KINDS
+def test_no_test_input_is_seen_before_the_evaluation(workplace, monkeypatch, short):
+    """Neither in training, which sees train inputs alone, nor in an evaluation by which a recipe is chosen."""
+    got, drawn, trained, evaluated = get_base(short), set(), set(), []
+    task, sample_input = got[1], tasks.Task.sample_input
+
+    def noted(task, rng, split=None):
+        x = sample_input(task, rng, split)
+        drawn.add(task.split(x))
+        return x
+
+    def note(place, at):
+        return lambda *args: trained.update((place, task.split(x)) for x in inputs(task, args[at]))
+
+    places = {"fit_latent_section": 1, "start_posterior": 1, "label_pool": 2, "take_batch": 1, "gradient": 2}
+    for place, at in places.items():
+        spy(monkeypatch, factorize, place, note(place, at))
+    spy(monkeypatch, evaluate, "different_inputs", lambda task, n, split: evaluated.append(split))
+    monkeypatch.setattr(train_base, "get_base", lambda *args: got)  # making a task tries out every split
+    monkeypatch.setattr(tasks.Task, "sample_input", noted)
+    run("unseen", "--n_latents=3", short=short)
+    assert trained == {(place, "train") for place in places}
+    assert drawn == {"train", "validation"} and evaluated == 2 * ["validation"]
+    evaluate.evaluate("out/unseen")
+    assert evaluated[2:] == ["test"]
+
+
+# ----------------------------------------------------------------------------------------- stages and terms
+def assert_objective(entry, weights):
+    """The objective of a log entry is the sum of its terms by these weights, and each term has its share of it."""
+    weighted = {name: weights.get(name, 0) * entry[name] for name in terms_of(entry)}
+    size = sum(map(abs, weighted.values()))
+    assert set(weights) <= set(weighted)
+    assert entry["objective"] == pytest.approx(sum(weighted.values()), rel=1e-5)
+    for name, value in weighted.items():
+        assert entry[f"loss_fraction_{name}"] == pytest.approx(abs(value) / size, rel=1e-5), name
+
+
+def terms_of(entry):
+    return {key.removeprefix("loss_fraction_") for key in entry if key.startswith("loss_fraction_")}
+
+
+def test_the_objective_of_every_stage_where_z_is_discrete(reference):
+    """A step of fixed labels, two of responsibilities, one of the ELBO; a term is in the log where it is computed."""
+    log, c_base = reference[0], load("tiny_base")["c_base"]
+    always = {"reconstruction": 1 / c_base, "router_support": 0.1}
+    distilled = always | {"router_distillation": 1.0}
+    stages = {"fixed labels": distilled, "responsibilities": distilled | {"posterior_distillation": 1.0},
+              "ELBO": always | {"kl": 0.1}}
+    assert [entry["stage"] for entry in log] == ["fixed labels", "responsibilities", "responsibilities", "ELBO"]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert ["alignment_one_to_one" in entry for entry in log] == [False, True, False, True]
+    for entry in log:
+        weights = stages[entry["stage"]]
+        assert terms_of(entry) == {*weights, "kl", "token_weighted", "posterior_entropy"}
+        assert_objective(entry, weights)
+        assert min(entry[term] for term in terms_of(entry)) > 1e-4  # no share is that of a term that happens to be 0
+        assert entry["normalized_reconstruction"] == pytest.approx(entry["reconstruction"] / c_base)
+        assert 0.5 < entry["normalized_reconstruction"] < 2  # a mean over pairs, of a model that is nearly the base
+
+
+def test_the_objective_of_every_stage_where_z_is_continuous(continuous):
+    """Two steps of fixed labels, in which the router learns the posterior, and two of the ELBO."""
+    log, c_base = continuous[0], load("tiny_base")["c_base"]
+    always = {"reconstruction": 1 / c_base, "router_moment_kl": 1.0}
+    stages = {"fixed labels": always | {"router_distillation": 1.0},
+              "ELBO": always | {"kl": 0.1, "cell_reconstruction": 0.5}}
+    assert [entry["stage"] for entry in log] == 2 * ["fixed labels"] + 2 * ["ELBO"]
+    for entry in log:
+        weights = stages[entry["stage"]]
+        assert terms_of(entry) == {*weights, "kl", "token_weighted", "posterior_variance"}
+        assert_objective(entry, weights)
+        assert entry.get("router_distillation", entry["kl"]) == entry["kl"] > 1e-4
+        assert 0.5 < entry["reconstruction"] / c_base < 2
+    assert log[-1]["router_moment_kl"] > 1e-6
+
+
+ALONE = ["--cluster_inputs=0", "--fixed_label_steps=0", "--responsibility_steps=0", "--router_support_weight=0"]
+ALONE_CONTINUOUS = ["--cell_steps=0", "--cell_weight=0", "--router_moment_kl_weight=0"]
+
+
+@pytest.fixture(scope="module")
+def alone_of(workplace):
+    """short -> the weights where reconstruction and KL are all the terms that weigh anything."""
+    return {short[0]: run("alone", *alone, short=short)[1]
+            for short, alone in ((SHORT, ALONE), (SHORT_CONTINUOUS, ALONE_CONTINUOUS))}
+
+
+@pytest.mark.parametrize("short, alone, name, sign", [
+    *((SHORT, ALONE, name, 1) for name in ("token_weighted", "posterior_entropy", "router_support",
+                                           "router_marginal_kl")),
+    (SHORT, ALONE, "jsd", -1),  # latents should differ: their divergence is the one term to be raised
+    *((SHORT_CONTINUOUS, ALONE_CONTINUOUS, name, 1) for name in ("token_weighted", "posterior_variance", "cell",
+                                                                 "router_moment_kl"))])
+def test_every_loss_can_be_switched_on_and_takes_its_share(alone_of, short, alone, name, sign):
+    log, weights = run(name, *alone, f"--{name}_weight=0.7", short=short)
+    term, c_base = {"cell": "cell_reconstruction"}.get(name, name), load("tiny_base")["c_base"]
+    for entry in log:
+        assert_objective(entry, {"reconstruction": 1 / c_base, "kl": 0.1, term: sign * 0.7})
+    assert any(entry[f"loss_fraction_{term}"] > 0 for entry in log[1:])  # a router that starts uniform owes nothing yet
+    assert sum(log[-1][f"loss_fraction_{each}"] for each in terms_of(log[-1])) == pytest.approx(1)
+    assert not same(weights, alone_of[short[0]])
+
+
+def test_the_plain_elbo_is_reconstruction_plus_beta_kl(workplace):
+    """J = R / c_base + beta KL, or R + beta KL, from the logged raw terms; and training follows it."""
+    c_base, found = load("tiny_base")["c_base"], []
+    for beta, normalize in ((0.3, True), (0.3, False), (0.0, False)):
+        log, weights = run("elbo", *ALONE, f"--beta={beta}", f"--normalize_reconstruction={normalize}")
+        for entry in log:
+            assert_objective(entry, {"reconstruction": 1 / c_base if normalize else 1.0, "kl": beta})
+        found.append(weights)
+    assert not any(same(a, b) for a, b in itertools.combinations(found, 2))
+
+
+@pytest.mark.parametrize("short, costly", [
+    (SHORT, ["inter_latent_jsd", "router_marginal_kl"]), (SHORT_CONTINUOUS, ["router_moment_kl"])])
+def test_a_costly_term_of_weight_zero_is_not_computed(workplace, monkeypatch, short, costly):
+    """Nor are the routers scored for it before a batch is cut; and it is not in the log."""
+    def fail(*args):
+        raise AssertionError("a term of weight 0 was computed")
+
+    for module, name in (*((losses, name) for name in costly), (factorize, "score_router")):
+        monkeypatch.setattr(module, name, fail)
+    flags = ["--router_moment_kl_weight=0", "--cell_weight=0"] if short is SHORT_CONTINUOUS else []
+    log, _ = run("costly", *flags, short=short)
+    assert not {"jsd", "router_marginal_kl", "router_moment_kl", "cell_reconstruction"} & set().union(*log)
+
+
+@pytest.mark.parametrize("short, cheap", [
+    (SHORT, {"token_weighted_reconstruction": "token_weighted", "posterior_entropy": "posterior_entropy"}),
+    (SHORT_CONTINUOUS, {"token_weighted_reconstruction": "token_weighted",
+                        "posterior_variance": "posterior_variance"})])
+def test_a_cheap_term_of_weight_zero_is_in_the_log_and_takes_no_part(reference_of, monkeypatch, short, cheap):
+    """Whatever it says, even NaN, weights and objective are the same."""
+    want_log, want_weights = reference_of[short[0]]
+    for name in cheap:
         monkeypatch.setattr(losses, name, lambda *args, loss=getattr(losses, name): math.nan * loss(*args))
-    log, weights = run("zeros")
-    assert same(weights, reference[1]) and log[-1]["objective"] == reference[0][-1]["objective"]
-    for term in ("token_weighted", "posterior_entropy", "router_marginal_kl", "jsd"):
-        assert math.isnan(log[-1][term]) and math.isfinite(reference[0][-1][term])
+    log, weights = run("zeros", short=short)
+    assert same(weights, want_weights)
+    for entry, want in zip(log, want_log, strict=True):
+        assert entry["objective"] == want["objective"]
+        assert all(math.isnan(entry[term]) and math.isfinite(want[term]) for term in cheap.values())
 
 
-def test_the_objective_of_every_stage(reference):
-    """J from the logged raw terms: held, two steps of responsibilities, the ELBO."""
-    c_base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"]
-    for entry, q_learns, elbo in zip(reference[0], (0, 1, 1, 0), (0, 0, 0, 1), strict=True):
-        assert entry["objective"] == pytest.approx(
-            entry["reconstruction"] / c_base + 0.1 * entry["router_support"] + elbo * 0.1 * entry["kl"]
-            + (1 - elbo) * entry["router_distillation"] + q_learns * entry["posterior_distillation"], rel=1e-5)
-        assert min(entry[term] for term in ("router_support", "kl", "posterior_distillation")) > 1e-4
+@pytest.mark.parametrize("short, stage, term", [(SHORT, "fixed_label_steps", "posterior_entropy"),
+                                                (SHORT_CONTINUOUS, "cell_steps", "posterior_variance")])
+def test_the_posterior_stands_still_while_it_labels_and_learns_afterwards(workplace, short, stage, term):
+    """Also where a term of its own has a weight."""
+    def posterior(steps, *flags):
+        weights = run("still", f"--{stage}={steps}", f"--{term}_weight=0.7", *flags, short=short)[1]
+        return {key: value for key, value in weights.items() if key.startswith("posterior")}
+
+    first, later, learned = posterior(1, "--steps=1"), posterior(4), posterior(3)
+    assert same(first, later) and not same(later, learned)
 
 
-@pytest.mark.parametrize("term", ["token_weighted", "posterior_entropy", "router_support", "router_marginal_kl", "jsd"])
-def test_every_loss_can_be_switched_on_and_takes_its_share(reference, term):
-    log, _ = run(term, "--router_support_weight=0", f"--{term}_weight=0.7", "--cluster_inputs=0", "--held_steps=0",
-                 "--responsibility_steps=0")
-    c_base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"]
-    for entry in log:  # latents should differ: their divergence is the one term to be raised
-        assert entry["objective"] == pytest.approx(entry["reconstruction"] / c_base + 0.1 * entry["kl"]
-                                                   + (-0.7 if term == "jsd" else 0.7) * entry[term], rel=1e-5)
-    if term != "router_marginal_kl":  # a router that starts uniform owes nothing yet
-        assert any(entry[f"loss_fraction_{term}"] > 0 for entry in log)
-    fractions = [value for key, value in log[-1].items() if key.startswith("loss_fraction_")]
-    assert sum(fractions) == pytest.approx(1)
+# ----------------------------------------------------------------------------------------- data and labels
+@pytest.fixture(scope="module")
+def pool(workplace):
+    """(base, model of three latents that differ, 32 pairs, the same pair by pair)."""
+    base, task, _ = get_base(SHORT)
+    pairs = factorize.sample_responses(base, task, 32, 1, "labels")
+    model = base.with_latents(3).requires_grad_(False)
+    model.embed.weight[-3:] += torch.randn(3, 64, generator=seeded(0))
+    model.head.weight[-3:] += torch.randn(3, 64, generator=seeded(1))
+    return base, model, pairs, [pairs.rows(torch.tensor([i])) for i in range(32)]
 
 
-def test_labels_are_the_posteriors_while_held_and_the_generators_afterwards(workplace):
-    """T = softmax(held_alpha log q), then Sinkhorn(log p / tau + alpha log q) over the pool: pair by pair, in order."""
-    cfg = configs.load(factorize, [*SHORT, "--held_steps=5", "--held_alpha=3", "--tau=0.7", "--alpha=2"])
-    base, task, _ = factorize.get_base(cfg)
-    pool = factorize.draw_pairs(base, task, factorize.Tokenizer(task.vocab), 32, 1, "labels")
-    torch.manual_seed(0)
-    model = base.with_latents(3, pool, steps=1).requires_grad_(False)
-    model.embed.weight[-3:] += torch.randn(3, 64)
-    q, prior = factorize.Posterior(base, 3), torch.full((3,), -math.log(3))
-    q.fit_statistics(pool)
-    one = [pool.rows(torch.tensor([i])) for i in range(32)]
-    logq = torch.cat([q(pair) for pair in one]).detach()
-    logp = torch.cat([-factorize.score_latents(model, pair.ids, pair.starts)[0].sum(dim=2) for pair in one])
-    got_q, held = factorize.label(model, q, pool, cfg, 4, prior)
-    assert torch.allclose(got_q, logq, atol=1e-4) and torch.allclose(held, (3 * logq).log_softmax(dim=1), atol=1e-3)
-    _, later = factorize.label(model, q, pool, cfg, 5, prior)
-    want = factorize.losses.balanced_responsibilities(logp / 0.7 + 2 * logq, prior)
-    assert torch.allclose(later.exp(), want.exp(), atol=1e-3) and logp.std() > 0.1 and logq.std() > 0.1
+def test_responses_are_those_of_the_base_to_train_inputs_by_their_key(workplace):
+    base, task, _ = get_base(SHORT)
+    pairs = factorize.sample_responses(base, task, 16, 3, "key")
+    xs = inputs(task, pairs)
+    assert xs[::3] == xs[1::3] == xs[2::3] and len(set(map(tuple, xs))) > 8
+    assert {task.split(x) for x in xs} == {"train"}
+    assert len(set(map(tuple, pairs.ids.tolist()))) > 20  # responses to an x are drawn one by one
+    again, other = (factorize.sample_responses(base, task, 16, 3, key) for key in ("key", "other"))
+    assert all(torch.equal(a, b) for a, b in zip(pairs, again)) and xs != inputs(task, other)
 
 
-@pytest.mark.parametrize("z_dim", [0, 2])
-def test_every_pair_is_trained_on_its_own_label(workplace, monkeypatch, z_dim):
-    """Labels that are a function of the pair's tokens arrive at the generator beside these tokens."""
+def test_labels_are_the_posteriors_while_fixed_and_the_generators_afterwards(pool):
+    """r = softmax(fixed_label_power log q), then Sinkhorn(log p / tau + alpha log q) over the pool, in order; none in
+    the ELBO."""
+    base, model, pairs, one = pool
+    cfg = config.load(factorize, [*SHORT, "--fixed_label_power=3", "--tau=0.7", "--alpha=2"])
+    q, prior = Posterior(base, 3), torch.tensor([0.5, 0.3, 0.2]).log()
+    q.fit_statistics(pairs)
+    with torch.no_grad():
+        logq = torch.cat([q(pair) for pair in one])
+        logp = torch.cat([-score_latents(model, pair)[0].sum(dim=2) for pair in one])
+        features = torch.cat([q.features(pair) for pair in one])
+    want = {"fixed labels": (3 * logq).log_softmax(dim=1),
+            "responsibilities": losses.balanced_responsibilities(logp / 0.7 + 2 * logq, prior)}
+    assert logp.std() > 0.1 and logq.std() > 0.1
+    for stage in ("fixed labels", "responsibilities", "ELBO"):
+        labels = factorize.label_pool(model, q, pairs, stage, cfg, prior, seeded(0))
+        assert torch.allclose(labels.pop("features"), features, atol=1e-3)
+        assert set(labels) == ({"log_r"} if stage in want else set())
+        assert not labels or torch.allclose(labels["log_r"].exp(), want[stage].exp(), atol=1e-3), stage
+
+
+@pytest.mark.parametrize("adaptation", ["linear", "full"])
+def test_a_pair_gets_a_vector_of_its_own_cell(pool, adaptation):
+    """Where z is continuous, and in every stage; and the features of a posterior whose backbone stands still."""
+    base, model, pairs, one = pool
+    cfg = config.load(factorize, SHORT_CONTINUOUS)
+    q, prior = Posterior(base, 3, adaptation, z_dim=2), torch.full((3,), 1 / 3).log()
+    x_index = torch.arange(32) // 2
+    factorize.start_posterior(q, pairs, x_index, prior, seeded(0), restarts=4, std=0.3)
+    cell = torch.cat([q.cells(q(pair)[0]) for pair in one])
+    assert len(set(cell.tolist())) > 1
+    for stage in ("fixed labels", "ELBO"):
+        labels = factorize.label_pool(model, q, pairs, stage, cfg, prior, seeded(1))
+        assert set(labels) == ({"z", "features"} if adaptation == "linear" else {"z"})
+        assert labels["z"].shape == (32, 1, 2) and torch.equal(q.cells(labels["z"][:, 0]), cell)
+    other = factorize.label_pool(model, q, pairs, stage, cfg, prior, seeded(2))
+    assert not torch.equal(labels["z"], other["z"])
+
+
+def test_a_batch_is_rows_of_the_pool_with_draws_of_their_responsibilities_or_noise(pool):
+    _, model, pairs, _ = pool
+    prior, latent, rows = torch.full((3,), 1 / 3).log(), torch.arange(32) % 3, slice(8, 24)
+
+    def take(short, stage, seed, log_r=None, *flags):
+        """What a batch gets besides the rows of what the pool has."""
+        labels = {} if log_r is None else {"log_r": log_r, "features": pairs.b}
+        batch, found = factorize.take_batch(model, pairs, labels, rows, stage, config.load(factorize, [*short, *flags]),
+                                            {}, prior, seeded(seed))
+        assert all(torch.equal(got, want) for got, want in zip(batch, pairs.rows(rows)))
+        assert all(torch.equal(found.pop(name), value[rows]) for name, value in labels.items())
+        return found
+
+    one_hot = F.one_hot(latent, 3).float().log().clamp(min=-1e4)
+    for stage in ("fixed labels", "responsibilities"):
+        assert take(SHORT, stage, 0, one_hot)["z"].tolist() == latent[rows, None].tolist()
+    uniform = torch.full((32, 3), 1 / 3).log()
+    first, second = (take(SHORT, "fixed labels", seed, uniform)["z"] for seed in (0, 1))
+    assert len(first.unique()) == 3 and not torch.equal(first, second)
+    assert take(SHORT, "ELBO", 0) == {} == take(SHORT_CONTINUOUS, "fixed labels", 0)
+    noise, other = (take(SHORT_CONTINUOUS, "ELBO", seed, None, "--z_samples=50")["noise"] for seed in (0, 1))
+    assert noise.shape == (16, 50, 2) and not torch.equal(noise, other)
+    assert abs(noise.mean()) < 0.06 and abs(noise.std() - 1) < 0.06
+
+
+def test_the_marginal_of_the_routers_is_that_of_the_whole_batch(pool):
+    """Every row has it: the mean of p(z|x), and the two moments of the mixture where z is continuous."""
+    base, model, pairs, one = pool
+    prior = torch.tensor([0.5, 0.3, 0.2]).log()
+    logp_z = torch.cat([score_latents(model, pair)[2][:, -3:].log_softmax(dim=1) for pair in one])[4:]
+
+    def take(model, short, term):
+        return factorize.take_batch(model, pairs, {}, slice(4, 32), "ELBO", config.load(factorize, short), {term: 1.0},
+                                    prior, seeded(0))[1]
+
+    found = take(model, SHORT, "router_marginal_kl")
+    assert found["log_prior"].shape == found["log_marginal"].shape == (28, 3)
+    assert (found["log_prior"] == prior).all() and logp_z.std(dim=0).max() > 1e-3
+    assert torch.allclose(found["log_marginal"].exp(), logp_z.exp().mean(dim=0).expand(28, 3), atol=1e-5)
+    vectors = base.with_latents(0, 2).requires_grad_(False)
+    vectors.gaussian_router.weight.normal_(generator=seeded(0))
+    found = take(vectors, SHORT_CONTINUOUS, "router_moment_kl")
+    mean, log_var = gaussian(torch.cat([score_router(vectors, pair.ids, pair.starts) for pair in one])[4:])
+    z = mean + (0.5 * log_var).exp() * torch.randn(20_000, 28, 2, generator=seeded(1))
+    assert found["m"].shape == found["v"].shape == (28, 2) and mean.std(dim=0).min() > 0.1
+    assert torch.allclose(found["m"], mean.mean(dim=0).expand(28, 2), atol=1e-4)
+    assert torch.allclose(found["v"], z.flatten(0, 1).var(dim=0).expand(28, 2), rtol=0.02)
+
+
+@pytest.mark.parametrize("short, stages, terms", [
+    (SHORT, ["--fixed_label_steps=2", "--responsibility_steps=2"], "discrete_terms"),
+    (SHORT_CONTINUOUS, ["--cell_steps=2"], "continuous_terms")])
+def test_every_pair_is_trained_on_its_own_label(workplace, monkeypatch, short, stages, terms):
+    """Labels that are a function of a pair's tokens arrive beside these tokens, through batches and chunks."""
     def of(pairs):
         return pairs.ids.sum(dim=1) % 3
 
     def label(model, q, pool, *more):
-        log_t = torch.nn.functional.one_hot(of(pool), 3).float().log().clamp(min=-1e4)
-        return log_t, log_t
+        labels = label_pool(model, q, pool, *more)
+        if "z" in labels:
+            return labels | {"z": of(pool)[:, None, None].expand(-1, 1, 2).float()}
+        return labels | {"log_r": F.one_hot(of(pool), 3).float().log().clamp(min=-1e4)}
 
-    def tile(q, pool, *more):
-        return *q(pool), of(pool)[:, None].expand(-1, 2).float()
+    def arrive(model, q, pairs, labels, *more):
+        arrived.append((pairs.ids.tolist(), labels["z"].flatten(1)[:, 0], of(pairs)))
+        if "log_r" in labels:
+            assert torch.equal(labels["log_r"].argmax(dim=1), of(pairs))
+        assert torch.allclose(labels["features"], q.features(pairs), atol=1e-3)
 
-    def spy(model, batch, z, *more):
-        arrived.append((batch.ids.tolist(), z[:, -1] if z_dim == 0 else z[:, -1, 0], of(batch)))
-        return score_batch(model, batch, z, *more)
-
-    arrived, score_batch = [], factorize.score_batch
-    for name, replaced in (("label", label), ("tile", torch.no_grad()(tile)), ("score_batch", spy)):
-        monkeypatch.setattr(factorize, name, replaced)
-    run("own", f"--z_dim={z_dim}", "--batch_size=8", "--held_steps=2", "--responsibility_steps=2")
-    assert len(arrived) == 4 and all(torch.equal(z, want) for _, z, want in arrived)
+    arrived, label_pool = [], factorize.label_pool
+    monkeypatch.setattr(factorize, "label_pool", label)
+    spy(monkeypatch, factorize, terms, arrive)
+    run("own", "--batch_size=8", "--chunks=3", *stages, short=short)
+    assert len(arrived) == 12 and all(torch.equal(z, want) for _, z, want in arrived)
     assert len(set(torch.cat([want for *_, want in arrived]).tolist())) == 3
-    assert len({tuple(row) for ids, *_ in arrived for row in ids}) > 24  # other pairs of the pool in every step
+    rows = [tuple(t for t in row if t) for ids, *_ in arrived for row in ids]
+    assert len(rows) == 32 and len(set(rows)) > 24  # each pair of the pool once
 
 
-def test_tiling_fills_the_prior_and_every_pair_gets_a_z_of_its_cell():
-    """Two cells of N(0, 1) that meet at its quartile, and a quarter of the pairs in the smaller one."""
-    n, quartile = 512, -0.674
-    mean = torch.tensor([1.1, 0.8, 0.9, -1.0]).repeat(n // 4)[:, None]
-    cfg = configs.load(factorize, [*SHORT, "--z_dim=1"])
+@KINDS
+def test_every_step_draws_anew(workplace, monkeypatch, short):
+    """A pool in every step, and what is drawn for it: a function of seed and step."""
+    def note(model, q, batch, labels, *more):
+        drawn.append(batch.ids.flatten().tolist() + labels.get("noise", torch.zeros(0)).flatten().tolist())
+        noise.append(labels.get("noise"))
 
-    def q(pool):
-        return mean, torch.full((n, 1), -1.0)
-
-    q.cell = lambda z: (z[:, 0] > quartile).long()
-    got_mean, log_var, z = factorize.tile(q, None, cfg, seeded(0))
-    assert torch.equal(got_mean, mean) and (log_var == -1).all()
-    assert z.mean().abs() < 0.15 and abs(z.std() - 1) < 0.1 and len(z.unique()) > 400
-    assert ((z > quartile) == (mean > 0)).all()
-    assert not torch.equal(z, factorize.tile(q, None, cfg, seeded(8))[2])
-    q.cell = lambda z: torch.full((len(z),), len(z))  # no draw in the cell of any pair
-    assert factorize.tile(q, None, cfg, seeded(0))[2].isfinite().all()
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_gradient_in_pieces_is_that_of_the_whole_batch(workplace, recompute):
-    """Pieces of three lengths, scored and differentiated side by side, against one pass and one backward()."""
-    cfg = configs.load(factorize, SHORT)
-    base, task, _ = factorize.get_base(cfg)
-    pairs = factorize.draw_pairs(base, task, factorize.Tokenizer(task.vocab), 10, 1, "gradient")
-    model = base.with_latents(3, pairs, steps=1)
-    model.embed.weight.data[-3:] += torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    z = torch.arange(20).view(10, 2) % 3
-    w = factorize.losses.token_weights(pairs.b)
-    example = torch.arange(1.0, 11.0)  # every example counts differently, and not only on its own
-
-    def objective(logp_y, jsd, router_logits):
-        return (logp_y.sum(dim=1) * example).sum() + jsd @ example - (example @ router_logits).square().mean()
-
-    (logp_y, _, jsd, router_logits), backward = factorize.score_batch(model, pairs, z, w, 3, recompute)
-    objective(logp_y, jsd, router_logits).backward()
-    backward()
-    got = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    nll, logits, router_logits = factorize.score_latents(model, pairs.ids, pairs.starts, z + len(base.embed.weight))
-    jsd = factorize.losses.inter_latent_jsd(logits.log_softmax(dim=-1), w)
-    objective(-nll.sum(dim=2), jsd, router_logits).backward()
-    for mine, p in zip(got, model.parameters()):
-        assert torch.allclose(mine, p.grad, rtol=1e-3, atol=1e-4 * p.grad.abs().max()) and p.grad.abs().max() > 0
+    drawn, noise = [], []
+    spy(monkeypatch, factorize, "gradient", note)
+    spy(monkeypatch, factorize, "take_batch", lambda *args: seeds.append(args[-1].initial_seed()))
+    stages, seeds = (["--cell_steps=0"] if short is SHORT_CONTINUOUS else []), []
+    for seed in (0, 1):
+        run("anew", *stages, f"--seed={seed}", short=short)
+    assert len(drawn) == 8 and all(a != b for a, b in itertools.combinations(drawn, 2))
+    assert len(set(seeds)) == 8
+    if short is SHORT_CONTINUOUS:
+        assert all(not torch.equal(a, b) for a, b in itertools.combinations(noise, 2))
 
 
-def test_the_gradient_reaches_a_continuous_z_through_pieces(workplace):
-    """The posterior's gradient, through a reparameterised z and three pieces, against one pass and one backward()."""
-    cfg = configs.load(factorize, SHORT)
-    base, task, _ = factorize.get_base(cfg)
-    pairs = factorize.draw_pairs(base, task, factorize.Tokenizer(task.vocab), 10, 1, "gradient")
-    model = base.with_latents(0, pairs, steps=1, z_dim=3)
-    generator = torch.Generator().manual_seed(0)
-    for layer in (model.embed_z[0], model.embed_z[2]):
-        layer.weight.data.normal_(generator=generator)
-    mean, noise, w = torch.randn(10, 3, generator=generator), torch.randn(10, 2, 3, generator=generator), pairs.b
-    example = torch.arange(1.0, 11.0)
-    pieces, whole = mean.clone().requires_grad_(), mean.clone().requires_grad_()
-    (logp_y, *_), backward = factorize.score_batch(model, pairs, pieces[:, None] + noise, w, chunks=3)
-    (logp_y.sum(dim=1) * example).sum().backward(retain_graph=True)
-    backward()
-    got = [p.grad.clone() for p in (pieces, model.embed_z[0].weight, model.head.weight)]
-    model.zero_grad()
-    token_nll, _, _ = factorize.score_latents(model, pairs.ids, pairs.starts, whole[:, None] + noise)
-    (-token_nll.sum(dim=2).sum(dim=1) * example).sum().backward()
-    want = [p.grad for p in (whole, model.embed_z[0].weight, model.head.weight)]
-    assert got[0].abs().sum() > 0
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()) for a, b in zip(got, want))
+# ------------------------------------------------------------------------------- the posterior, and optimizers
+@pytest.mark.parametrize("clusters", [16, 0])
+def test_only_a_full_posterior_trains_its_backbone(workplace, clusters):
+    base = load("tiny_base")["model"]
+    for name in ("linear", "full"):
+        _, weights = run(name, f"--posterior={name}", f"--cluster_inputs={clusters}")
+        assert same(base, {key: weights[f"posterior backbone.{key}"] for key in base}) == (name == "linear")
 
 
-CONTINUOUS = ["--z_dim=2", "--steps=4", "--held_steps=2"]
+@pytest.mark.parametrize("clusters", [16, 0])
+def test_the_posterior_tells_solutions_apart_with_and_without_clusters(workplace, clusters):
+    run("seeing", f"--cluster_inputs={clusters}")
+    _, base, task, _, _, q = evaluate.load_run("out/seeing")
+    with torch.no_grad():
+        logq = q(factorize.sample_responses(base, task, 16, 1, "some"))
+    assert logq.std(dim=0).min() > 0.01
 
 
-@pytest.fixture(scope="module")
-def continuous(workplace):
-    return run("continuous", *CONTINUOUS)
+def test_the_posterior_starts_from_clusters_of_responses_to_the_same_inputs(workplace, monkeypatch):
+    def note(q, pairs, x_index, log_prior, generator, restarts, std):
+        xs = inputs(get_base(SHORT)[1], pairs)
+        assert [xs[x_index.tolist().index(i)] for i in x_index] == xs and x_index.bincount().tolist() == 16 * [6]
+        noted.append((restarts, std, generator.initial_seed()))
+
+    noted = []
+    spy(monkeypatch, factorize, "start_posterior", note)
+    run("starts", "--posterior_std=0.4", "--cluster_restarts=5", "--seed=3", short=SHORT_CONTINUOUS)
+    assert noted == [(5, 0.4, 3)]
 
 
-def test_a_continuous_run_repeats_itself_and_logs_every_term(continuous):
-    log, weights = continuous
-    assert log == run("again", *CONTINUOUS)[0]
-    assert same(weights, run("unlooked", *CONTINUOUS, "--eval_every=4")[1])
-    c_base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"]
-    for entry, beta, tiling in zip(log, (1.0, 1.0, 0.1, 0.1), (0, 0, 0.5, 0.5)):  # held, the router learns q
-        assert entry["objective"] == pytest.approx(entry["reconstruction"] / c_base + beta * entry["kl"]
-                                                   + tiling * entry["tiling"], rel=1e-4)
-        assert (entry["reconstruction"] == entry["tiling"]) == (tiling == 0)
-    terms = ("token_weighted", "posterior_variance", "router_marginal_kl")
-    with_terms, _ = run("terms", *CONTINUOUS, *(f"--{term}_weight=0.7" for term in terms))
-    for term in terms:
-        assert with_terms[-1][f"loss_fraction_{term}"] > 0 and term in log[0] and log[0][f"loss_fraction_{term}"] == 0
+def test_the_clusters_and_the_labels_are_balanced_by_the_prior(workplace, monkeypatch):
+    found = []
+    spy(monkeypatch, factorize, "start_posterior", lambda q, pairs, x_index, log_prior, *more: found.append(log_prior))
+    spy(monkeypatch, factorize, "label_pool", lambda *args: found.append(args[5]))
+    run("prior", "--prior=[6, 3, 1]")
+    assert len(found) == 5 and all(prior.exp().tolist() == pytest.approx([0.6, 0.3, 0.1]) for prior in found)
+    found.clear()
+    run("prior", "--n_latents=4")
+    assert all(prior.exp().tolist() == pytest.approx(4 * [0.25]) for prior in found)
 
 
-def test_a_continuous_posterior_learns_once_it_is_no_longer_held(continuous):
-    run("held", *CONTINUOUS, "--held_steps=4")
-    held, learned = (torch.load(f"out/{name}/ckpt.pt", weights_only=True)["posterior"]["head.weight"]
-                     for name in ("held", "continuous"))
-    assert not torch.equal(held, learned)
+@KINDS
+def test_the_factorization_starts_near_the_base_by_steps_on_the_latent_section(workplace, short):
+    """And every z at its own distance from it, by a little noise."""
+    error = {}
+    for steps in (0, 30):
+        run("near", f"--section_steps={steps}", "--steps=1", short=short)
+        error[steps] = load("near")["start_nll_error"]
+    assert error[30] < 0.7 * error[0] and error[30] < 0.05
+    if short is SHORT:
+        latents = run("near", "--lr=0", "--adamw_lr=0", "--steps=1")[1]["model embed.weight"][-3:]
+        assert torch.pdist(latents).min() > 0.1 * latents.std()
+
+
+def test_a_learning_rate_rises_and_then_falls_to_zero_from_a_peak_of_its_own():
+    """Linear warm-up under a linear decay over all steps; the peak is part of what a state saves."""
+    cfg = config.load(factorize, [*SHORT, "--steps=10", "--warmup=4"])
+    optimizers = [torch.optim.SGD([torch.zeros(1)], lr) for lr in (2.0, 0.5)]
+    for step in (*range(7), *range(5, 10)):  # as after an interruption
+        if step == 5:
+            state, optimizers[0] = optimizers[0].state_dict(), torch.optim.SGD([torch.zeros(1)], 7.0)
+            optimizers[0].load_state_dict(state)
+        set_learning_rates(optimizers, step, cfg)
+        fraction = min((step + 1) / 4, 1) * (10 - step) / 10
+        assert [each.param_groups[0]["lr"] for each in optimizers] == pytest.approx([2 * fraction, fraction / 2])
+
+
+def test_each_learning_rate_is_that_of_its_own_parameters(workplace):
+    """Muon's are the matrices of the blocks."""
+    rates = {"lr": 0.003, "adamw_lr": 0.003, "posterior_lr": 0.003}
+
+    def after(**more):
+        return run("rates", *(f"--{key}={value}" for key, value in (dict.fromkeys(rates, 0.0) | more).items()))[1]
+
+    start, changed = after(), {}
+    for rate, value in rates.items():
+        weights = after(**{rate: value})
+        changed[rate] = {name for name in start if not torch.equal(weights[name], start[name])}
+    assert changed["posterior_lr"] == {"posterior head.weight", "posterior head.bias"}
+    assert changed["adamw_lr"] == {"model embed.weight", "model head.weight"}
+    assert changed["lr"] == {name for name in start if name.startswith("model blocks.")}
+
+
+def test_adamw_alone_trains_too(reference):
+    assert not same(run("adamw", "--optimizer=adamw")[1], reference[1])
+
+
+# --------------------------------------------------------------------------------------------- evaluation
+def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
+    """evaluate.py needs nothing but the folder, writes all it promises, and repeats itself."""
+    os.rename("out/reference", "out/moved")
+    try:
+        found = evaluate.evaluate("out/moved")
+        assert found == evaluate.evaluate("out/moved")
+        for name in ("metrics.json", "result.json", "matching.png", "training.png", "shares.png"):
+            assert os.path.getsize(f"out/moved/{name}") > 0
+        with open("out/moved/result.json") as f:
+            assert set(json.load(f)) == {"config", "seed", "commit", "versions", "base", "metrics"}
+        assert all(math.isfinite(value) for value in found.values())
+        assert found["nll"] > 0
+        assert 0 <= found["alignment_one_to_one"] <= found["local_strategy_coverage_mean"] <= 1
+    finally:
+        os.rename("out/moved", "out/reference")
 
 
 def test_a_continuous_run_is_evaluated_and_shown(continuous, capsys, monkeypatch):
@@ -334,90 +696,14 @@ def test_a_latent_in_one_dimension_is_drawn_too(tmp_path):
     assert (tmp_path / "line.png").stat().st_size > 1000
 
 
-def test_more_threads_change_no_weight(reference):
-    log, weights = run("threads", "--threads=2", "--chunks=3")
-    one = run("thread", "--threads=1", "--chunks=3")
-    assert log == one[0] and same(weights, one[1])
-
-
-def test_the_plain_elbo_is_reconstruction_plus_beta_kl(workplace):
-    """J = R / c_base + beta KL, from the logged raw terms."""
-    log, _ = run("elbo", "--responsibility_steps=0", "--held_steps=0", "--cluster_inputs=0",
-                 "--router_support_weight=0", "--beta=0.3")
-    c_base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["c_base"]
-    for entry in log:
-        assert entry["objective"] == pytest.approx(entry["reconstruction"] / c_base + 0.3 * entry["kl"], rel=1e-5)
-
-
-def test_looking_at_the_alignment_changes_no_weight(reference):
-    assert same(run("blind", "--eval_every=4")[1], reference[1])
-
-
-def test_no_test_input_is_seen_before_the_evaluation(workplace, monkeypatch):
-    """Neither by training nor by a look, by which a recipe is chosen."""
-    seen, sample_input = [], tasks.Task.sample_input
-
-    def spy(task, rng, test=None):
-        seen.append(task.is_test_input(x := sample_input(task, rng, test)))
-        return x
-
-    cfg = configs.load(factorize, [*SHORT, "--name=unseen", "--n_latents=3"])
-    made = factorize.get_base(cfg)
-    monkeypatch.setattr(factorize, "get_base", lambda cfg: made)  # making a task tries both sides of the split out
-    monkeypatch.setattr(tasks.Task, "sample_input", spy)
-    factorize.factorize(cfg)
-    assert len(seen) > 100 and not any(seen)
-    metrics.different_inputs(made[1], 4, test=True)
-    assert any(seen)
-
-
-@pytest.mark.parametrize("clusters", [16, 0])
-def test_only_a_full_posterior_trains_its_backbone(reference, clusters):
-    base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)["model"]
-    for name in ("linear", "full"):
-        run(name, f"--posterior={name}", f"--cluster_inputs={clusters}")
-        q = torch.load(f"out/{name}/ckpt.pt", weights_only=True)["posterior"]
-        assert same(base, {key: q[f"backbone.{key}"] for key in base}) == (name == "linear")
-
-
-@pytest.mark.parametrize("clusters", [16, 0])
-def test_the_posterior_tells_solutions_apart_with_and_without_clusters(reference, clusters):
-    run("seeing", f"--cluster_inputs={clusters}")
-    _, base, task, tokenizer, _, q = evaluate.load_run("out/seeing")
-    with torch.no_grad():
-        logq = q(factorize.draw_pairs(base, task, tokenizer, 16, 1, "some"))
-    assert logq.std(dim=0).min() > 0.01
-
-
-def test_adamw_alone_trains_too(reference):
-    assert not same(run("adamw", "--optimizer=adamw")[1], reference[1])
-
-
-def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
-    """evaluate.py needs nothing but the folder, writes all it promises, and repeats itself."""
-    os.rename("out/reference", "out/moved")
-    try:
-        found = evaluate.evaluate("out/moved")
-        assert found == evaluate.evaluate("out/moved")
-        for name in ("metrics.json", "result.json", "matching.png", "training.png", "shares.png"):
-            assert os.path.getsize(f"out/moved/{name}") > 0
-        with open("out/moved/result.json") as f:
-            assert set(json.load(f)) == {"config", "seed", "commit", "versions", "base", "metrics"}
-        assert all(math.isfinite(value) for value in found.values())
-        assert found["nll"] > 0
-        assert 0 <= found["alignment_one_to_one"] <= found["local_strategy_coverage_mean"] <= 1
-    finally:
-        os.rename("out/moved", "out/reference")
-
-
 def test_strategy_probabilities_are_the_shares_of_samples(reference):
     """Of 2048 samples for one x, from the base and from router and generator, within 5 standard errors."""
     _, base, task, tokenizer, model, _ = evaluate.load_run("out/reference")
-    x, = metrics.different_inputs(task, 1, test=True)
+    x, = evaluate.different_inputs(task, 1, "test")
     generator = seeded(0)
     ys = (train_base.sample_ys(base, tokenizer, 2048 * [tokenizer.prompt(x)], generator),
-          metrics.router_sampled(model, task, tokenizer, [x], 2048, generator)[1])
-    for p, sampled in zip(metrics.strategy_probabilities(model, base, task, tokenizer, [x]), ys):
+          evaluate.router_sampled(model, task, tokenizer, [x], 2048, generator)[1])
+    for p, sampled in zip(evaluate.strategy_probabilities(model, base, task, tokenizer, [x]), ys):
         found = [task.attribute(x, y) for y in sampled]
         for share, s in zip(p[0].tolist(), task.strategies):
             assert abs(found.count(s) / 2048 - share) < 5 * math.sqrt(share * (1 - share) / 2048) + 1e-3
@@ -425,10 +711,10 @@ def test_strategy_probabilities_are_the_shares_of_samples(reference):
 
 def test_the_strategy_of_a_router_sample_is_that_on_its_own_input(reference, monkeypatch):
     _, _, task, tokenizer, model, _ = evaluate.load_run("out/reference")
-    xs = metrics.different_inputs(task, 4, test=True)
+    xs = evaluate.different_inputs(task, 4, "test")
     ys = [task.trace(x, s) for x in xs for s in task.strategies]
-    monkeypatch.setattr(metrics, "sample_ys", lambda *args, **kwargs: ys)
-    z, sampled, found = metrics.router_sampled(model, task, tokenizer, xs, len(task.strategies), seeded(0))
+    monkeypatch.setattr(evaluate, "sample_ys", lambda *args, **kwargs: ys)
+    z, sampled, found = evaluate.router_sampled(model, task, tokenizer, xs, len(task.strategies), seeded(0))
     assert z.shape == (4, 3) and sampled == ys and found == 4 * list(task.strategies)
 
 
@@ -439,18 +725,18 @@ def test_a_log_of_another_run_is_not_drawn(reference, capsys):
         with open("out/again/log.jsonl", "w") as f:
             f.write(text)
         evaluate.main(["out/again"])
-        assert "no training.png" in capsys.readouterr().out
+        assert "out/again/log.jsonl is of another run than ckpt.pt" in capsys.readouterr().out
 
 
 def test_a_result_without_git_says_so(monkeypatch):
     def missing(*args, **kwargs):
         raise FileNotFoundError("git")
     monkeypatch.setattr(subprocess, "run", missing)
-    assert train_base.provenance()["commit"] == "unknown"
+    assert runs.provenance()["commit"] == "unknown"
 
 
 def test_a_result_names_the_commit_that_trained_and_not_the_one_that_evaluates(reference, monkeypatch):
-    monkeypatch.setattr(train_base, "current_commit", lambda: "another")
+    monkeypatch.setattr(runs, "current_commit", lambda: "another")
     evaluate.evaluate("out/reference")
     with open("out/reference/result.json") as f:
         result = json.load(f)
@@ -460,12 +746,12 @@ def test_a_result_names_the_commit_that_trained_and_not_the_one_that_evaluates(r
 
 def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch):
     _, base, task, tokenizer, model, q = evaluate.load_run("out/reference")
-    xs = metrics.different_inputs(task, 8, test=True)
+    xs = evaluate.different_inputs(task, 8, "test")
 
     def gap(answers):
         found = itertools.cycle(answers)
         monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: next(found))
-        scores = metrics.held_out(model, q, base, task, tokenizer, xs, 8, 1.0, seed=0)[0]
+        scores = evaluate.held_out(model, q, base, task, tokenizer, xs, 8, 1.0, seed=0)[0]
         return scores.get("nll_gap_of_valid"), scores["nll"] - scores["base_nll"]
 
     first, second = "right-first", "down-first"
@@ -474,6 +760,7 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     assert (gap([first, None])[0] + gap([None, first])[0]) / 2 == pytest.approx(gap([first, first])[1], abs=1e-4)
 
 
+# ---------------------------------------------------------------------------------- mistakes of the user
 @pytest.mark.parametrize("argv, words", [
     (["factorize.py", "configs/tiny_discrete.py", "--beat=0.1"], "did you mean 'beta'?"),
     (["factorize.py", "configs/missing.py"], "does not exist"),
@@ -489,9 +776,9 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["train_base.py", "configs/tiny_base.py", "--task=sort"], "unknown task 'sort'"),
     (["train_base.py", "configs/tiny_base.py", "--strategy_weights=[1.0]"], "takes 3 weights"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'sides': 3}"], "task_sizes"),
-    (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 1}"], "no input on which all strategies"),
+    (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 1}"], "no train input on which all"),
     (["train_base.py", "configs/base_conversion_base.py", "--name=single", "--steps=1",
-      "--task_sizes={'max_value': 20}"], "has a single test input"),
+      "--task_sizes={'max_value': 20}"], "has a single validation input"),
     (["train_base.py", "configs/tiny_base.py", "--strategy_weights=[]"], "takes 3 weights"),
     (["evaluate.py", "out/reference", f"--x={5000 * '1'} 2 to 3 4"], "is no input of grid_pathfinding"),
     (["train_base.py", "configs/summation_base.py", "--task_sizes={'max_value': 12}"], "not in the vocabulary"),
@@ -502,17 +789,22 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["factorize.py", "configs/tiny_discrete.py", "--n_latents=129"], "129 latents cannot share the 128 pairs"),
     (["factorize.py", "configs/tiny_discrete.py", "--threads=0"], "'threads' must be at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--chunks=0"], "'chunks' must be at least 1"),
-    (["train_base.py", "configs/tiny_base.py", "--crop=-1"], "'crop' takes no negative"),
+    (["train_base.py", "configs/tiny_base.py", "--crop=-1"], "'crop' must be at least 0, got -1"),
     (["train_base.py", "configs/tiny_base.py", "--n_head=3"], "'n_embd' (64) must be an even multiple of n_head (3)"),
     (["train_base.py", "configs/tiny_base.py", "--strategy_weights=['a', 1, 1]"], "list of numbers"),
-    (["train_base.py", "configs/tiny_base.py", "--lr=1e999"], "'lr' takes no negative number, and none of 10^12"),
+    (["train_base.py", "configs/tiny_base.py", "--lr=1e999"], "'lr' must be at most 1e+12, got inf"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 0}"], "task_sizes"),
     (["factorize.py", "configs/tiny_discrete.py", "--name=few", "--cluster_inputs=1", "--cluster_responses=2"],
      "too few for 3 clusters"),
-    (["factorize.py", "configs/tiny_discrete.py", "--tau=0"], "'tau' must not be 0"),
-    (["train_base.py", "configs/tiny_base.py", "--seed=1795658400000000000"], "'seed' takes no negative number"),
+    (["factorize.py", "configs/tiny_discrete.py", "--tau=1e-38"], "'tau' must be at least 0.001, got 1e-38"),
+    (["factorize.py", "configs/tiny_discrete.py", "--beta=-0.1"], "'beta' must be at least 0, got -0.1"),
+    (["factorize.py", "configs/tiny_discrete.py", "--jsd_weight=-2e12"], "'jsd_weight' must be at least -1e+12"),
+    (["factorize.py", "configs/tiny_continuous.py", "--posterior_std=0.99"], "'posterior_std' must be at most 0.9"),
+    (["train_base.py", "configs/tiny_base.py", "--seed=1795658400000000000"], "'seed' must be at most 1e+12"),
+    (["factorize.py", "configs/tiny_continuous.py", "--z_dim=1"], "'z_dim': 3 clusters need at least 2 dimensions"),
     (["factorize.py", "configs/tiny_continuous.py", "--cluster_inputs=0"], "a continuous z needs clusters"),
-    (["factorize.py", "configs/tiny_continuous.py", "--name=unequal", "--prior=[98, 1, 1]"], "of such unequal shares"),
+    (["factorize.py", "configs/tiny_continuous.py", "--name=unequal", "--prior=[98, 1, 1]", "--cluster_restarts=2"],
+     "of such unequal shares"),
     (["train_base.py", "configs/base_conversion_base.py", "--name=zero", "--steps=1", "--task_sizes={'min_value': 0}"],
      "at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--batch_size=2"], "one record of each strategy"),
@@ -522,13 +814,13 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["factorize.py", "configs/tiny_discrete.py", "--eval_inputs=0"], "'eval_inputs' must be at least 2"),
     (["factorize.py", "configs/tiny_discrete.py", "--cluster_responses=1"], "'cluster_responses' must be at least 2"),
     (["factorize.py", "configs/tiny_discrete.py", "--optimizer=sgd"], "'optimizer' is 'muon' or 'adamw'"),
-    (["train_base.py", "configs/addition_base.py", "--task_sizes={'max_digits': 1}"], "has no input on which all"),
+    (["train_base.py", "configs/addition_base.py", "--task_sizes={'max_digits': 1}"], "no train input on which all"),
     (["train_base.py", "configs/equation_base.py", "--task_sizes={'max_root': 1e999}"], "task_sizes"),
     (["evaluate.py", "out/reference", "--show=²"], "unknown or incomplete flag"),
     (["factorize.py", "configs/tiny_discrete.py", "--pool_size=100"], "(100) must be a multiple of batch_size"),
     (["evaluate.py", "out/nothing"], "does not exist"),
     (["evaluate.py", "out/tiny_base"], "is no factorization checkpoint"),
-    (["evaluate.py", "out/reference", "--figures", "--shw=2"], "unknown or incomplete flag '--shw=2'"),
+    (["evaluate.py", "out/reference", "--show=1", "--shw=2"], "unknown or incomplete flag '--shw=2'"),
     (["evaluate.py", "out/reference", "--x=1 2 to"], "expected 'row column to row column'"),
     (["evaluate.py", "out/reference", "--x=1 2 hop 3 4"], "not in the task's vocabulary"),
 ])
@@ -540,12 +832,42 @@ def test_a_mistake_of_the_user_is_one_line_and_a_non_zero_exit(reference, monkey
     assert isinstance(exit.value.code, str) and "\n" not in exit.value.code and words in exit.value.code
 
 
+UNUSED = [(SHORT_CONTINUOUS, "continuous (z_dim = 2)", factorize.DISCRETE_ONLY),
+          (SHORT, "discrete (z_dim = 0)", factorize.CONTINUOUS_ONLY)]
+
+
+@pytest.mark.parametrize("short, kind, keys", UNUSED, ids=["continuous", "discrete"])
+def test_a_key_that_plays_no_part_for_the_kind_of_z_is_refused(workplace, short, kind, keys):
+    """In the same words for each, before anything is trained. Its default is no mistake."""
+    defaults = {field.name: field.default for field in dataclasses.fields(factorize.Config)}
+    for key in keys:
+        value = defaults[key] + (1 if type(defaults[key]) is int else 0.1)
+        with pytest.raises(SystemExit) as exit:
+            run("unused", f"--{key}={value}", short=short)
+        assert exit.value.code == f"error: config key '{key}' plays no part where z is {kind}"
+    factorize.check(config.load(factorize, [*short, *(f"--{key}={defaults[key]}" for key in keys)]), 3)
+    assert not os.path.exists("out/unused")
+
+
+@pytest.mark.parametrize("kind, keys", [unused[1:] for unused in UNUSED], ids=["continuous", "discrete"])
+def test_the_help_says_for_which_kind_of_z_a_key_is(kind, keys):
+    """The keys that a kind of z refuses stand under the headings of the other kind, and no others do."""
+    other = {"continuous": "discrete", "discrete": "continuous"}[kind.split()[0]]
+    heading, found = "", []
+    for line in config.usage(factorize).split("config keys")[1].splitlines():
+        heading = line if line.startswith("    # ") else heading
+        if f"z is {other}" in heading and ": " in line and line != heading:
+            found.append(line.split(":")[0].strip())
+    assert found == list(keys)
+
+
 VALUES = ["", "0", "-1", "3", "1.5", "1e400", "nan", "None", "True", "[]", "[1, 2]", "[None]", "{'a': 1}", "'", "(",
           "x" * 99, "\n", "\0", "ä", "__import__('os')"]
 
 
 @pytest.mark.parametrize("script, path", [(train_base, "configs/tiny_base.py"),
-                                          (factorize, "configs/tiny_discrete.py")])
+                                          (factorize, "configs/tiny_discrete.py"),
+                                          (factorize, "configs/tiny_continuous.py")])
 def test_any_flag_loads_or_is_one_line_that_names_its_key(workplace, script, path):
     """500 random flags: known and mistyped keys, values of every type, nonsense."""
     rng = random.Random(0)
@@ -556,7 +878,7 @@ def test_any_flag_loads_or_is_one_line_that_names_its_key(workplace, script, pat
         if rng.random() < 0.2:
             key = key.replace(rng.choice(key), rng.choice("xyz_-= "))
         try:
-            configs.load(script, [path, f"--{key}={rng.choice(VALUES)}"])
+            config.load(script, [path, f"--{key}={rng.choice(VALUES)}"])
             loaded += 1
         except SystemExit as exit:
             assert isinstance(exit.code, str) and "\n" not in exit.code and key.split("=")[0] in exit.code
@@ -574,7 +896,7 @@ def test_any_config_file_loads_or_is_one_line_that_names_a_key_or_the_file(scrip
         first = rng.choice(["", "task = 'a'", "base = 'a'"])  # the keys without a default
         path.write_text("\n".join([first, *(f"{key} = {rng.choice(VALUES)}" for key in chosen)]), encoding="utf-8")
         try:
-            configs.load(script, [str(path)])
+            config.load(script, [str(path)])
             loaded += 1
         except SystemExit as exit:
             assert isinstance(exit.code, str) and "\n" not in exit.code
@@ -604,23 +926,26 @@ def test_a_truncated_checkpoint_is_one_line(workplace, tmp_path):
     assert code == 1 and len(errors) == 1 and "cannot be read" in errors[0], errors
 
 
-def test_a_factorization_of_an_older_version_is_one_line(reference, tmp_path):
-    checkpoint = torch.load("out/reference/ckpt.pt", weights_only=True)
-    torch.save(checkpoint | {"version": 1}, tmp_path / "ckpt.pt")
-    with pytest.raises(SystemExit, match="format version 1, this code reads version 3"):
-        evaluate.evaluate(str(tmp_path))
+@pytest.mark.parametrize("version", [1, None])
+def test_a_checkpoint_of_another_version_or_of_none_is_one_line(reference, tmp_path, version):
+    for name, kind, load_it in (("tiny_base", "base", train_base.load_base),
+                                ("reference", "factorization", lambda path: evaluate.evaluate(os.path.dirname(path)))):
+        checkpoint = load(name)
+        assert checkpoint.pop("version") == runs.VERSIONS[kind]
+        torch.save(checkpoint | ({"version": version} if version else {}), tmp_path / "ckpt.pt")
+        with pytest.raises(SystemExit, match=f"has format version {version}, this code reads version "
+                                             f"{runs.VERSIONS[kind]}; without it, it is trained again"):
+            load_it(str(tmp_path / "ckpt.pt"))
 
 
 def test_a_foreign_base_checkpoint_is_one_line(reference):
     os.makedirs("out/foreign", exist_ok=True)
-    base = torch.load("out/tiny_base/ckpt.pt", weights_only=True)
+    base = load("tiny_base")
     summation = {"config": base["config"] | {"task": "list_summation", "task_sizes": {}},
                  "vocab": list(train_base.make_task("list_summation", {}).vocab)}
     for foreign, words in (
-            (torch.load("out/reference/ckpt.pt", weights_only=True),
-             "no base checkpoint, but a factorization checkpoint"),
+            (load("reference"), "no base checkpoint, but a factorization checkpoint"),
             ([1, 2], "is no base checkpoint"),
-            (base | {"version": 2}, "format version 2, this code reads version 1"),
             (base | {"vocab": base["vocab"][::-1]}, "another vocabulary than that of grid_pathfinding"),
             (base | {"config": base["config"] | {"n_layer": 7}}, "was trained with n_layer = 7, but foreign.py says 2"),
             (base | summation, "was trained with task = 'list_summation', but foreign.py says 'grid_pathfinding'")):
@@ -631,8 +956,8 @@ def test_a_foreign_base_checkpoint_is_one_line(reference):
             run("of_foreign", "--base=foreign.py")
 
 
-def test_a_base_of_another_run_is_used_with_a_word_about_it(reference, capsys):
-    factorize.get_base(configs.load(factorize, SHORT))
+def test_a_base_of_another_run_is_used_with_a_word_about_it(workplace, capsys):
+    get_base(SHORT)
     assert "was trained with steps = 160, but configs/tiny_base.py says 240: used" in capsys.readouterr().out
 
 
@@ -642,18 +967,30 @@ def test_a_config_file_error_names_the_file(workplace, tmp_path):
     assert code == 1 and len(errors) == 1 and "broken.py" in errors[0]
     (tmp_path / "typo.py").write_text("base = 'configs/tiny_base.py'\nstep = 3\n")
     with pytest.raises(SystemExit, match="did you mean 'steps'?"):
-        configs.load(factorize, [str(tmp_path / "typo.py")])
+        config.load(factorize, [str(tmp_path / "typo.py")])
+
+
+def test_a_config_file_may_compute_its_values(tmp_path):
+    """With modules, and with names of its own that begin with an underscore; any other name is a key."""
+    path = tmp_path / "computed.py"
+    path.write_text("import math\n_half = 350\nbase = 'b.py'\nsteps = 2 * _half\nbeta = math.exp(-1)\n")
+    cfg = config.load(factorize, [str(path)])
+    assert (cfg.steps, cfg.beta, cfg.name) == (700, math.exp(-1), "computed")
+    path.write_text("half = 350\nbase = 'b.py'\nsteps = 2 * half\n")
+    with pytest.raises(SystemExit, match="unknown config key 'half'"):
+        config.load(factorize, [str(path)])
 
 
 def test_an_int_widens_to_float_and_nothing_else_changes_type(workplace):
-    assert configs.load(factorize, ["configs/tiny_discrete.py", "--beta=1"]).beta == 1.0
-    with pytest.raises(SystemExit):
-        configs.load(factorize, ["configs/tiny_discrete.py", "--steps=1.5"])
+    assert repr(config.load(factorize, ["configs/tiny_discrete.py", "--beta=1"]).beta) == "1.0"
+    for flag in ("--steps=1.5", "--steps=True", "--beta=True", "--resume=1", "--prior=(1, 1, 1)"):
+        with pytest.raises(SystemExit, match=f"'{flag[2:].split('=')[0]}' takes"):
+            config.load(factorize, ["configs/tiny_discrete.py", flag])
 
 
 def test_a_non_finite_loss_names_its_term_and_saves_nothing(workplace, monkeypatch):
     """An infinite KL stops the run at its step; the checkpoint of an earlier run of that name survives."""
-    folder = factorize.factorize(configs.load(factorize, [*SHORT, "--name=survivor"]))
+    folder = factorize.factorize(config.load(factorize, [*SHORT, "--name=survivor"]))
     before = open(os.path.join(folder, "ckpt.pt"), "rb").read()
     monkeypatch.setattr(losses, "categorical_kl", lambda logq, logp: logq.sum(dim=1) * math.nan)
     with pytest.raises(SystemExit, match="step 4: term kl is not finite; nothing was saved"):
@@ -661,6 +998,16 @@ def test_a_non_finite_loss_names_its_term_and_saves_nothing(workplace, monkeypat
     with pytest.raises(SystemExit, match="step 4: term kl is not finite; 'out/survivor/state.pt' holds the last steps"):
         run("survivor", "--save_every=2")
     assert open(os.path.join(folder, "ckpt.pt"), "rb").read() == before
+
+
+def test_a_gradient_that_is_not_finite_stops_a_run_whose_terms_are(workplace, monkeypatch):
+    """The slope of a root at 0 is infinite, its value is 0. The weights are as they were."""
+    monkeypatch.setattr(losses, "router_support", lambda logits, K: (0 * logits.sum(dim=1)).sqrt())
+    with pytest.raises(SystemExit, match="step 1: a gradient is not finite; nothing was saved"):
+        run("infinite")
+    monkeypatch.setattr(train_base, "score_base", lambda model, ids, starts: (0 * model(ids).sum(dim=2)).sqrt())
+    with pytest.raises(SystemExit, match="step 1: a gradient is not finite"):
+        train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=infinite_base"]))
 
 
 def test_show_prints_every_latent_side_by_side(reference, workplace, capsys):
@@ -688,93 +1035,110 @@ def test_a_base_that_is_not_finished_is_told_apart_from_one_that_is_missing(work
     open("out/half_base/log.jsonl", "w").close()
     for flag in ("--overwrite=False", "--overwrite=True"):
         with pytest.raises(SystemExit, match="not finished: --resume=True goes on"):
-            factorize.factorize(configs.load(factorize, [*SHORT, f"--base={path}", "--name=half", flag]))
+            run("half", f"--base={path}", flag)
     with pytest.raises(SystemExit, match="run is not finished"):
         evaluate.main(["out/half_base"])
 
 
+def test_a_base_that_is_not_finished_goes_on_before_it_is_factorized(workplace, monkeypatch, tmp_path):
+    path = tmp_path / "begun_base.py"
+    with open("configs/tiny_base.py") as f:
+        path.write_text(f.read() + "steps = 4\nfinal_eval_size = 8\n")
+    interrupt(monkeypatch, train_base.train, config.load(train_base, [str(path)]), step=2)
+    run("of_begun", f"--base={path}", "--resume=True")
+    log = read_log("begun_base")
+    assert log[-1]["step"] == 4 and load("of_begun")["base"]["c_base"] == log[-1]["nll"]
+
+
 @pytest.mark.parametrize("script", [train_base, factorize])
-def test_help_lists_every_config_key_and_when_it_acts(script):
+def test_help_lists_every_config_key_with_a_word_about_it(script):
     code, out, _ = program(f"{script.__name__}.py", "--help", cwd=ROOT)
     assert code == 0 and f"python {script.__name__}.py configs/" in out
     for field in dataclasses.fields(script.Config):
         assert re.search(rf"^ +{field.name}: .+  # .", out, flags=re.M), field.name
-    assert script is train_base or "play no part where z is continuous" in out
 
 
-def interrupted(monkeypatch, script, train, cfg, number=signal.SIGTERM):
-    """Trains until a signal arrives in the middle of step 3; returns the exit code."""
-    check = script.check_finite
+# --------------------------------------------------------------- interruptions, and what stood there before
+def interrupt(monkeypatch, train, cfg, step=3, number=signal.SIGTERM):
+    """Trains until a signal arrives in the middle of a step; returns the exit code."""
+    check_finite = runs.Run.check_finite
 
-    def third(loss, parameters, step, *more):
-        check(loss, parameters, step, *more)
-        if step == 2:
+    def signalled(run, at, *more):
+        check_finite(run, at, *more)
+        if at + 1 == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(script, "check_finite", third)
-    with pytest.raises(SystemExit) as exit:
-        train(cfg)
-    monkeypatch.setattr(script, "check_finite", check)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "check_finite", signalled)
+        with pytest.raises(SystemExit) as exit:
+            train(cfg)
     return exit.value.code
 
 
-def test_a_second_signal_ends_the_program_at_once():
+def test_a_second_signal_ends_the_program_at_once(workplace):
     """The first one only asks; the loop, here one that never looks, is left at the second."""
-    reached = []
-
-    @train_base.interruptible
-    def never_looks(cfg, signals):
-        os.kill(os.getpid(), signal.SIGINT)
-        reached.append(signals.copy())
-        os.kill(os.getpid(), signal.SIGTERM)
-        reached.append("the end")
-
-    before = signal.getsignal(signal.SIGINT)
+    reached, before = [], signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as exit:
-        never_looks(None)
+        with runs.Run(config.load(train_base, ["configs/tiny_base.py", "--name=never_looks"])) as run:
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(run.signals.copy())
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append("the end")
     assert exit.value.code == 128 + signal.SIGTERM and reached == [[signal.SIGINT]]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_in_the_last_step_finds_a_finished_run(workplace, monkeypatch):
+    cfg = config.load(factorize, [*SHORT, "--name=last"])
+    assert interrupt(monkeypatch, factorize.factorize, cfg, step=4) == 128 + signal.SIGTERM
+    assert load("last")["last_log"]["step"] == 4 and not os.path.exists("out/last/state.pt")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_base_that_is_interrupted_and_resumed_is_the_same_base(workplace, monkeypatch, number):
     flags, names = ["configs/tiny_base.py", "--steps=6", "--eval_every=2"], (f"whole{number}", f"parts{number}")
-    whole, parts = (configs.load(train_base, [*flags, f"--name={name}"]) for name in names)
+    whole, parts = (config.load(train_base, [*flags, f"--name={name}"]) for name in names)
     train_base.train(whole)
-    assert interrupted(monkeypatch, train_base, train_base.train, parts, number) == 128 + number
+    assert interrupt(monkeypatch, train_base.train, parts, number=number) == 128 + number
     assert not os.path.exists(f"out/{parts.name}/ckpt.pt")
-    train_base.train(configs.load(train_base, [*flags, f"--name={parts.name}", "--resume=True"]))
-    logs = [[{k: v for k, v in json.loads(line).items() if k != "minutes"} for line in open(f"out/{name}/log.jsonl")]
-            for name in names]
+    train_base.train(config.load(train_base, [*flags, f"--name={parts.name}", "--resume=True"]))
+    logs = [read_log(name) for name in names]
     assert logs[0] == logs[1] and len(logs[0]) == 3
-    assert same(*(torch.load(f"out/{name}/ckpt.pt", weights_only=True)["model"] for name in names))
+    assert same(*(load(name)["model"] for name in names))
     assert not os.path.exists(f"out/{parts.name}/state.pt")
 
 
-# within the responsibilities, in the ELBO, and with a continuous z
-@pytest.mark.parametrize("stages", [[], ["--responsibility_steps=1"], CONTINUOUS[:1] + ["--held_steps=2"]])
-def test_a_factorization_that_is_interrupted_and_resumed_is_the_same_one(workplace, monkeypatch, stages):
-    """The interruption comes within a pool: its pairs and labels are part of the state."""
+@pytest.mark.parametrize("short, stages, stage", [
+    (SHORT, ["--fixed_label_steps=5"], "fixed labels"),
+    (SHORT, ["--responsibility_steps=4"], "responsibilities"),
+    (SHORT, ["--responsibility_steps=1"], "ELBO"),
+    (SHORT_CONTINUOUS, ["--cell_steps=5"], "fixed labels"),
+    (SHORT_CONTINUOUS, ["--cell_steps=2"], "ELBO")])
+def test_a_factorization_that_is_interrupted_and_resumed_is_the_same_one(workplace, monkeypatch, short, stages, stage):
+    """To the last bit. The interruption comes after the third step of five, within a pool of four batches: its pairs
+    and labels are part of the state."""
     stages = ["--pool_size=128", "--steps=5", *stages]
-    log, weights = run("whole", *stages)
-    cfg = configs.load(factorize, [*SHORT, "--name=parts", *stages])
-    assert interrupted(monkeypatch, factorize, factorize.factorize, cfg) == 128 + signal.SIGTERM
-    resumed_log, resumed_weights = run("parts", *stages, "--overwrite=False", "--resume=True")
+    log, weights = run("whole", *stages, short=short)
+    assert [entry["stage"] for entry in log[2:4]] == [stage, stage]
+    cfg = config.load(factorize, [*short, "--name=parts", *stages])
+    assert interrupt(monkeypatch, factorize.factorize, cfg) == 128 + signal.SIGTERM
+    resumed_log, resumed_weights = run("parts", *stages, "--overwrite=False", "--resume=True", short=short)
     assert resumed_log == log and same(resumed_weights, weights)
+    assert load("parts")["start_nll_error"] == load("whole")["start_nll_error"]
 
 
 def test_a_saved_state_survives_a_kill_and_lines_after_it_are_dropped(reference, monkeypatch):
     """A run that dies in step 4, saved after step 2: its third log line goes, and step 3 is done again."""
-    def die(loss, parameters, step, *more):
+    def die(run, step, *more):
         if step == 3:
+            run.log_file.flush()  # what is in the buffer may be on disk, or not
             raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(factorize, "check_finite", die)
+        patch.setattr(runs.Run, "check_finite", die)
         with pytest.raises(RuntimeError):
             run("dead", "--save_every=2")
-    with open("out/dead/log.jsonl") as f:
-        assert len(f.readlines()) == 3
+    assert len(read_log("dead")) == 3
     log, weights = run("dead", "--overwrite=False", "--resume=True")
     assert log == reference[0] and same(weights, reference[1])
 
@@ -797,14 +1161,31 @@ def test_a_run_that_starts_again_may_be_resumed_before_it_has_saved_anything(wor
 
 
 def test_a_run_goes_on_only_as_it_was_begun(workplace, monkeypatch):
-    cfg = configs.load(factorize, [*SHORT, "--name=begun"])
-    interrupted(monkeypatch, factorize, factorize.factorize, cfg)
+    """Threads and savings may change: they change no result."""
+    cfg = config.load(factorize, [*SHORT, "--name=begun"])
+    interrupt(monkeypatch, factorize.factorize, cfg)
     with pytest.raises(SystemExit, match="begun with beta = 0.1, but goes on with 0.2"):
         run("begun", "--resume=True", "--beta=0.2")
     content = torch.load("out/begun/state.pt", weights_only=True)
     torch.save(content | {"c_base": 0.5}, "out/begun/state.pt")
     with pytest.raises(SystemExit, match="another base"):
         run("begun", "--resume=True")
+    torch.save(content | {"version": 1}, "out/begun/state.pt")
+    with pytest.raises(SystemExit, match="format version 1, this code reads version"):
+        run("begun", "--resume=True")
+    torch.save(content | {"minutes": 100.0}, "out/begun/state.pt")
+    assert len(run("begun", "--resume=True", "--threads=2", "--save_every=7")[0]) == 4
+    assert 100 < load("begun")["minutes"] < 110  # the clock goes on, too
+
+
+def test_a_state_of_an_overwritten_run_is_gone_once_another_has_begun(workplace, monkeypatch):
+    interrupt(monkeypatch, factorize.factorize, config.load(factorize, [*SHORT, "--name=gone"]))
+    assert os.path.exists("out/gone/state.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(factorize, "start_posterior", None)
+        with pytest.raises(TypeError):
+            run("gone")
+    assert not os.path.exists("out/gone/state.pt")
 
 
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(workplace, monkeypatch):
@@ -825,3 +1206,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(workplace, monkeypatch)
                 run("disk", "--save_every=2" if path == "state.pt" else "--save_every=100")
         assert open("out/disk/ckpt.pt", "rb").read() == before
         assert not [name for name in os.listdir("out/disk") if name.endswith(".tmp") or name == "state.pt"]
+    monkeypatch.setattr(runs.Run, "log", full)
+    with pytest.raises(SystemExit, match="disk: .*No space left on device; the last saved state is as it was"):
+        run("disk")
+    assert open("out/disk/ckpt.pt", "rb").read() == before

@@ -479,46 +479,69 @@ def test_the_nearest_strategy_shares_the_longest_prefix(name):
 
 
 # ------------------------------------------------------------------------------------------------ inputs, the split
+SPLITS = {"train": 0.85, "validation": 0.05, "test": 0.1}
+
+
 @every_task
-def test_no_test_input_is_trained_on(name):
-    """8,500 training and 300 test inputs a task, 51,000 and 1,800 in all, share no input; each is on its side."""
+def test_no_validation_or_test_input_is_trained_on(name):
+    """8,500 training, 300 validation and 300 test inputs a task share no input; each is on its side."""
     task, rng = TASKS[name], random.Random(2)
-    training = [tuple(task.sample_input(rng, test=False)) for _ in range(8500)]
-    held_out = [tuple(task.sample_input(rng, test=True)) for _ in range(300)]
-    assert not set(training) & set(held_out)
-    assert not any(task.is_test_input(x) for x in training) and all(task.is_test_input(x) for x in held_out)
+    drawn = {split: {tuple(task.sample_input(rng, split)) for _ in range(8500 if split == "train" else 300)}
+             for split in SPLITS}
+    assert all(not drawn[a] & drawn[b] for a, b in itertools.combinations(SPLITS, 2))
+    assert all({task.split(x) for x in drawn[split]} == {split} for split in SPLITS)
 
 
 @every_task
-def test_about_one_input_in_ten_is_a_test_input(name):
-    """The hash as a coin of p = 0.1 for each of n different inputs: the share within 5 sqrt(p (1 - p) / n)."""
+def test_the_split_has_its_shares_of_the_inputs(name):
+    """The hash as a die for each of n different inputs: every share within 5 sqrt(p (1 - p) / n) of its p. A draw of no
+    particular split takes from all of them."""
     distinct = {tuple(x) for x in inputs(name, 2000)}
-    share = sum(TASKS[name].is_test_input(x) for x in distinct) / len(distinct)
-    assert abs(share - 0.1) < 5 * math.sqrt(0.1 * 0.9 / len(distinct)), (share, len(distinct))
+    found = [TASKS[name].split(x) for x in distinct]
+    assert set(found) == set(SPLITS)
+    for split, p in SPLITS.items():
+        share = found.count(split) / len(found)
+        assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / len(found)), (split, share, len(found))
 
 
 def test_the_split_depends_on_neither_order_nor_process():
     """The same verdicts backwards, on fresh tasks, and in processes in which Python hashes strings otherwise."""
     asked = [(name, x) for name in STRATEGIES for x in inputs(name)]
-    verdicts = [TASKS[name].is_test_input(x) for name, x in asked]
+    verdicts = [TASKS[name].split(x) for name, x in asked]
     fresh = {name: task() for name, task in TASK_FUNCTIONS.items()}
-    assert [fresh[name].is_test_input(x) for name, x in reversed(asked)] == verdicts[::-1]
+    assert [fresh[name].split(tuple(x)) for name, x in reversed(asked)] == verdicts[::-1]
     program = ("import json, sys, tasks; "
-               "print(json.dumps([tasks.TASKS[name].is_test_input(x) for name, x in json.load(sys.stdin)]))")
+               "print(json.dumps([tasks.TASKS[name].split(x) for name, x in json.load(sys.stdin)]))")
     for hash_seed in ("1", "2"):
         done = subprocess.run([sys.executable, "-c", program], input=json.dumps(asked), capture_output=True, text=True,
                               cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": hash_seed}, check=True)
         assert json.loads(done.stdout) == verdicts
 
 
+def test_the_split_of_an_input_is_the_same_for_ever():
+    """Checkpoints were trained on one side of it: CRC-32 of the input's text modulo 20, by a table-free loop."""
+    def crc32(text):
+        crc = 0xFFFFFFFF
+        for byte in text.encode():
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ (0xEDB88320 if crc & 1 else 0)
+        return crc ^ 0xFFFFFFFF
+
+    sides = {0: "test", 10: "test", 1: "validation"}
+    for name in STRATEGIES:
+        for x in inputs(name):
+            assert TASKS[name].split(x) == sides.get(crc32(" ".join(x)) % 20, "train"), x
+
+
 @every_task
-@pytest.mark.parametrize("test", [None, False, True])
-def test_sampling_is_a_function_of_the_seed(name, test):
+@pytest.mark.parametrize("split", [None, *SPLITS])
+def test_sampling_is_a_function_of_the_seed(name, split):
     """Equal seeds, equal inputs, whatever is drawn in between; the global generator is neither used nor moved."""
     def draw(seed, disturb=False):
         rng, drawn = random.Random(seed), []
         for i in range(50):
-            drawn.append(TASKS[name].sample_input(rng, test))
+            drawn.append(TASKS[name].sample_input(rng, split))
             if disturb:
                 TASKS[name].sample_input(random.Random(i))
         return drawn
@@ -560,7 +583,13 @@ def test_inputs_are_found_that_few_draws_give():
     """On a large grid with small distances, one draw in two thousand is a test input."""
     task, rng = TASK_FUNCTIONS["grid_pathfinding"](max_distance=2), random.Random(0)
     for _ in range(20):
-        assert task.is_test_input(task.sample_input(rng, test=True))
+        assert task.split(task.sample_input(rng, "test")) == "test"
+
+
+def test_sizes_without_an_input_of_a_split_are_named_with_it():
+    """A grid of two cells has one way to go, on which strategies coincide; one of three has a few inputs."""
+    with pytest.raises(ValueError, match="grid_pathfinding of these sizes has no test input"):
+        TASK_FUNCTIONS["grid_pathfinding"](2, 1).sample_input(random.Random(0), "test")
 
 
 @every_task
@@ -684,6 +713,6 @@ def test_prompts_and_records_have_the_documented_form(name):
     for ids, expected in [(tokenizer.prompt(x), f"<bos> <x> {text} </x> <y>"),
                           (tokenizer.prompt(x, 0), f"<bos> <x> {text} </x> <z> <z1> </z> <y>"),
                           (tokenizer.prompt(x, 3), f"<bos> <x> {text} </x> <z> <z4> </z> <y>"),
-                          (tokenizer.router_prompt(x), f"<bos> <x> {text} </x> <z>"),
+                          (tokenizer.prompt(x, continuous=True), f"<bos> <x> {text} </x> <z> <z_empty> </z> <y>"),
                           (tokenizer.record(x, y), f"<bos> <x> {text} </x> <y> {' '.join(y)} </y> <eos>")]:
         assert " ".join(tokenizer.decode(ids)) == expected
