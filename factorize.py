@@ -310,7 +310,7 @@ def factorize(cfg):
                 model, pool, labels, rows, stage, cfg, weights, log_prior, rng)
             terms, gradients = gradient(
                 model, q, batch, batch_labels, stage, weights, parameters, cfg.chunks)
-            run.check_finite(step, terms, gradients)
+            run.check_finite(step, {name: terms[name] for name in terms if weights[name]}, gradients)
             update(optimizers, parameters, gradients)
             entry = log_entry(step, stage, terms, weights, c_base) | {"minutes": run.minutes}
             if run.due(step):
@@ -368,7 +368,7 @@ def resume(run, model, q, optimizers, base_checkpoint):
 
 def log_entry(step, stage, terms, weights, c_base):
     """A line of log.jsonl: the raw terms, and each weighted term's share of J by absolute value."""
-    weighted = {name: weights[name] * value for name, value in terms.items()}
+    weighted = {name: weights[name] and weights[name] * value for name, value in terms.items()}
     size = sum(map(abs, weighted.values()))
     return {"step": step + 1, "stage": stage, "objective": sum(weighted.values()), **terms,
             **{f"loss_fraction_{name}": abs(value) / size for name, value in weighted.items()},

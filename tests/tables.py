@@ -160,6 +160,17 @@ def runs_table(found, keys):
     return table(["run", "seeds", *keys.values(), "minutes"], rows)
 
 
+def rewrite_table():
+    """Runs of the program after its rewrite; a cell is empty where a number has no meaning for the kind of z."""
+    keys = {"alignment_one_to_one": "alignment", "sampled_z_probe_accuracy": "probe, sampled z",
+            "local_strategy_full_coverage_rate": "full coverage", "nll_gap": "NLL gap",
+            "nll_gap_of_valid": "NLL gap, valid y"}
+    found = results("rewrite/*_seed*.json")
+    rows = [[name, found[f"{name}_seed0"]["commit"], *(f"{m[key]:.3f}" if key in m else "" for key in keys)]
+            for name, (m,) in by_run(found).items()]
+    return table(["run, seed 0", "commit", *keys.values()], rows)
+
+
 def front_table():
     """The front page's: a row for every task, what matters most of its discrete and of its continuous runs."""
     found = {kind: results(f"*_{kind}_seed*.json") for kind in FRONT}
@@ -259,7 +270,7 @@ def without(keys):
     return {key: title for key, title in COLUMNS.items() if key not in keys}
 
 
-TABLES = {"front": front_table, "faults": faults_table, "bench": bench_table, "profile": profile_table,
+TABLES = {"front": front_table, "rewrite": rewrite_table, "faults": faults_table, "bench": bench_table, "profile": profile_table,
           "base": base_table, "clusters": clusters_table, "agreement": agreement_table, "variants": variants_table,
           "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),

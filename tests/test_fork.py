@@ -115,13 +115,17 @@ def test_the_seventh_task_does_what_its_docstring_says(fork):
 
 
 def test_a_new_loss_is_trained_and_logged(fork, workplace):
-    """The page's diff in losses.py and factorize.py, four places: KL(uniform || router) >= 0 is in the log, and takes
-    its share of the objective once it has a weight."""
+    """The page's diff in losses.py and factorize.py, five places: KL(uniform || router) >= 0 is in the log, and takes
+    its share of the objective once it has a weight. Where z is continuous its key is refused."""
     diff, = blocks(LOSS_PAGE, LOSS_SECTION, "diff")
-    assert apply_diff(diff, fork) == 4
+    loss, = re.findall(r"^\+def (\w+)", diff, re.MULTILINE)
+    assert apply_diff(diff, fork) == 5
     shutil.copytree(workplace / "out" / "tiny_base", fork / "out" / "tiny_base")
-    program("factorize.py", "configs/tiny_discrete.py", *TINY, "--router_coverage_weight=0.1", cwd=fork)
+    program("factorize.py", "configs/tiny_discrete.py", *TINY, f"--{loss}_weight=0.1", cwd=fork)
     with open(fork / "out" / "tiny_discrete" / "log.jsonl") as f:
         log = [json.loads(line) for line in f]
-    assert all(entry["router_coverage"] > -1e-5 for entry in log)
-    assert log[-1]["router_coverage"] > 1e-4 and log[-1]["loss_fraction_router_coverage"] > 1e-6
+    assert all(entry[loss] > -1e-5 for entry in log)
+    assert log[-1][loss] > 1e-4 and log[-1][f"loss_fraction_{loss}"] > 1e-6
+    refused = subprocess.run([sys.executable, "factorize.py", "configs/tiny_continuous.py", f"--{loss}_weight=0.1"],
+                             cwd=fork, capture_output=True, text=True)
+    assert refused.returncode == 1 and f"'{loss}_weight' plays no part where z is continuous" in refused.stderr

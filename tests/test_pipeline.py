@@ -126,33 +126,26 @@ def test_the_base_learns_and_c_base_is_its_last_validation_loss(workplace):
 
 def test_the_base_sees_no_test_input_before_its_last_step(workplace, monkeypatch):
     """It learns from train inputs, and its log is of validation inputs."""
-    learned, validated, splits = [], [], []
-
-    def note_records(model, records, starts, *more):
-        learned.extend(records[i][:start] for i, start in enumerate(starts))
-
-    spy(monkeypatch, train_base, "gradient", note_records)
+    learned, validated, splits, task = [], [], [], get_base(SHORT)[1]
+    spy(monkeypatch, train_base, "gradient", lambda model, pairs, *more: learned.extend(inputs(task, pairs)))
     spy(monkeypatch, train_base, "validate", lambda *args: validated.append((len(learned), args[-1])))
     spy(monkeypatch, train_base, "record_batch", lambda *args: splits.append(args[-1]))
     train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=splits", "--steps=4", "--eval_every=2"]))
     assert splits[-7:] == ["train", "train", "validation", "train", "train", "validation", "test"]
     assert validated == [(60, "validation"), (120, "validation"), (120, "test")]
-    task = get_base(SHORT)[1]
-    tokenizer = Tokenizer(task.vocab)
-    assert {task.split(tokenizer.decode(prompt[2:-2])) for prompt in learned} == {"train"}
+    assert {task.split(x) for x in learned} == {"train"}
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_validation_is_of_the_split_it_is_asked_for(workplace, monkeypatch, split):
     """Its records as well as the inputs that it samples a solution for."""
     base, task, _ = get_base(SHORT)
-    seen = []
-    spy(monkeypatch, train_base, "score_base", lambda model, ids, starts: seen.extend(
-        row[:start] for row, start in zip(ids.tolist(), starts.tolist())))
-    spy(monkeypatch, train_base, "sample_ys", lambda model, tokenizer, prompts, generator: seen.extend(prompts))
-    tokenizer = Tokenizer(task.vocab)
+    seen, tokenizer = [], Tokenizer(task.vocab)
+    spy(monkeypatch, train_base, "score_base", lambda model, pairs: seen.extend(inputs(task, pairs)))
+    spy(monkeypatch, train_base, "sample_ys", lambda model, tokenizer, prompts, generator: seen.extend(
+        tokenizer.decode(prompt[2:-2]) for prompt in prompts))
     train_base.validate(base, task, tokenizer, dict.fromkeys(task.strategies, 1 / 3), 30, 0, split)
-    assert len(seen) == 60 and {task.split(tokenizer.decode(prompt[2:-2])) for prompt in seen} == {split}
+    assert len(seen) == 60 and {task.split(x) for x in seen} == {split}
 
 
 def test_a_batch_of_the_base_is_a_function_of_seed_and_step(workplace):
@@ -160,7 +153,8 @@ def test_a_batch_of_the_base_is_a_function_of_seed_and_step(workplace):
 
     def batch(seed, step):
         cfg = config.load(train_base, ["configs/tiny_base.py", f"--seed={seed}"])
-        return train_base.training_batch(task, Tokenizer(task.vocab), dict.fromkeys(task.strategies, 1 / 3), cfg, step)
+        mixture = dict.fromkeys(task.strategies, 1 / 3)
+        return train_base.training_batch(task, Tokenizer(task.vocab), mixture, cfg, step).ids.tolist()
 
     assert batch(0, 0) == batch(0, 0)
     assert all(a != b for a, b in itertools.combinations([batch(0, 0), batch(0, 1), batch(1, 0), batch(1, 1)], 2))
@@ -192,8 +186,8 @@ def test_a_mixture_weighs_the_records_of_every_input(workplace):
 
 def test_three_of_four_training_inputs_are_cropped(workplace, monkeypatch):
     lengths = []
-    spy(monkeypatch, train_base, "score_base", lambda model, ids, starts: lengths.append(
-        (ids != 0).sum(dim=1) - starts))
+    spy(monkeypatch, train_base, "score_base", lambda model, pairs: lengths.append(
+        (pairs.ids != 0).sum(dim=1) - pairs.starts))
     train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=crop", "--steps=1", "--crop=5",
                                               "--chunks=1"]))
     training, *validation = lengths
@@ -331,7 +325,7 @@ def test_the_objective_of_every_stage_where_z_is_continuous(continuous):
         assert_objective(entry, weights)
         assert entry.get("router_distillation", entry["kl"]) == entry["kl"] > 1e-4
         assert 0.5 < entry["reconstruction"] / c_base < 2
-    assert log[-1]["router_moment_kl"] > 1e-6
+    assert log[-1]["router_moment_kl"] > 1e-6 and log[-1]["cell_reconstruction"] != log[-1]["reconstruction"]
 
 
 ALONE = ["--cluster_inputs=0", "--fixed_label_steps=0", "--responsibility_steps=0", "--router_support_weight=0"]
@@ -426,7 +420,7 @@ def pool(workplace):
     return base, model, pairs, [pairs.rows(torch.tensor([i])) for i in range(32)]
 
 
-def test_responses_are_those_of_the_base_to_train_inputs_by_their_key(workplace):
+def test_responses_are_those_of_the_base_to_train_inputs_by_their_key(workplace, monkeypatch):
     base, task, _ = get_base(SHORT)
     pairs = factorize.sample_responses(base, task, 16, 3, "key")
     xs = inputs(task, pairs)
@@ -435,6 +429,9 @@ def test_responses_are_those_of_the_base_to_train_inputs_by_their_key(workplace)
     assert len(set(map(tuple, pairs.ids.tolist()))) > 20  # responses to an x are drawn one by one
     again, other = (factorize.sample_responses(base, task, 16, 3, key) for key in ("key", "other"))
     assert all(torch.equal(a, b) for a, b in zip(pairs, again)) and xs != inputs(task, other)
+    monkeypatch.setattr(tasks.Task, "sample_input", lambda *args: xs[0])
+    one, two = (factorize.sample_responses(base, task, 16, 3, key).ids.tolist() for key in ("key", "other"))
+    assert one != two  # other responses to the same inputs
 
 
 def test_labels_are_the_posteriors_while_fixed_and_the_generators_afterwards(pool):
@@ -518,7 +515,7 @@ def test_the_marginal_of_the_routers_is_that_of_the_whole_batch(pool):
     vectors = base.with_latents(0, 2).requires_grad_(False)
     vectors.gaussian_router.weight.normal_(generator=seeded(0))
     found = take(vectors, SHORT_CONTINUOUS, "router_moment_kl")
-    mean, log_var = gaussian(torch.cat([score_router(vectors, pair.ids, pair.starts) for pair in one])[4:])
+    mean, log_var = gaussian(torch.cat([score_router(vectors, pair) for pair in one])[4:])
     z = mean + (0.5 * log_var).exp() * torch.randn(20_000, 28, 2, generator=seeded(1))
     assert found["m"].shape == found["v"].shape == (28, 2) and mean.std(dim=0).min() > 0.1
     assert torch.allclose(found["m"], mean.mean(dim=0).expand(28, 2), atol=1e-4)
@@ -553,6 +550,24 @@ def test_every_pair_is_trained_on_its_own_label(workplace, monkeypatch, short, s
     assert len(set(torch.cat([want for *_, want in arrived]).tolist())) == 3
     rows = [tuple(t for t in row if t) for ids, *_ in arrived for row in ids]
     assert len(rows) == 32 and len(set(rows)) > 24  # each pair of the pool once
+
+
+@pytest.mark.parametrize("short, stages, want", [
+    (SHORT, ["--fixed_label_steps=3", "--responsibility_steps=3"],
+     {1: "fixed labels", 4: "responsibilities", 5: "responsibilities", 7: "ELBO"}),
+    (SHORT_CONTINUOUS, ["--cell_steps=3"], {1: "fixed labels", 4: "ELBO", 5: "ELBO"})])
+def test_a_pool_is_labelled_as_it_is_drawn_and_when_the_stage_changes(workplace, monkeypatch, short, stages, want):
+    """Pools of four steps. No step learns from labels of a stage that is over."""
+    def note(model, q, pool, stage, *more):
+        labelled[steps[0] + 1] = stage
+        pools[steps[0] + 1] = pool.ids.tolist()
+
+    steps, labelled, pools = [0], {}, {}
+    spy(monkeypatch, factorize, "label_pool", note)
+    spy(monkeypatch, factorize, "update", lambda *args: steps.append(steps.pop() + 1))
+    run("relabelled", "--steps=8", "--pool_size=128", "--eval_every=8", *stages, short=short)
+    assert labelled == want
+    assert pools[1] == pools[4] != pools[5]
 
 
 @KINDS
@@ -668,7 +683,7 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
     try:
         found = evaluate.evaluate("out/moved")
         assert found == evaluate.evaluate("out/moved")
-        for name in ("metrics.json", "result.json", "matching.png", "training.png", "shares.png"):
+        for name in ("metrics.json", "result.json", "matching.png", "traces.png", "training.png"):
             assert os.path.getsize(f"out/moved/{name}") > 0
         with open("out/moved/result.json") as f:
             assert set(json.load(f)) == {"config", "seed", "commit", "versions", "base", "metrics"}
@@ -682,9 +697,12 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
 def test_a_continuous_run_is_evaluated_and_shown(continuous, capsys, monkeypatch):
     found = evaluate.evaluate("out/continuous")
     assert found["nll"] > 0 and found["kl"] > 0 and "alignment_one_to_one" not in found
-    assert {"latent_space.png", "maps.png", "shares.png", "training.png"} <= set(os.listdir("out/continuous"))
+    assert {"latent_space.png", "maps.png", "training.png"} <= set(os.listdir("out/continuous"))
+    found = itertools.cycle(get_base(SHORT)[1].strategies)  # so short a run may give none, or one
+    monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: next(found))
     evaluate.main(["out/continuous", "--show=1"])
-    assert "z of " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "z of right-first: " in out and "on the way from z of right-first to z of down-first:" in out
     monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: None)
     with pytest.raises(SystemExit, match="nothing to show"):
         evaluate.main(["out/continuous", "--show=1"])
@@ -817,7 +835,7 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["train_base.py", "configs/addition_base.py", "--task_sizes={'max_digits': 1}"], "no train input on which all"),
     (["train_base.py", "configs/equation_base.py", "--task_sizes={'max_root': 1e999}"], "task_sizes"),
     (["evaluate.py", "out/reference", "--show=²"], "unknown or incomplete flag"),
-    (["factorize.py", "configs/tiny_discrete.py", "--pool_size=100"], "(100) must be a multiple of batch_size"),
+    (["factorize.py", "configs/tiny_discrete.py", "--pool_size=100"], "'pool_size' must be a multiple of batch_size"),
     (["evaluate.py", "out/nothing"], "does not exist"),
     (["evaluate.py", "out/tiny_base"], "is no factorization checkpoint"),
     (["evaluate.py", "out/reference", "--show=1", "--shw=2"], "unknown or incomplete flag '--shw=2'"),
@@ -989,12 +1007,14 @@ def test_an_int_widens_to_float_and_nothing_else_changes_type(workplace):
 
 
 def test_a_non_finite_loss_names_its_term_and_saves_nothing(workplace, monkeypatch):
-    """An infinite KL stops the run at its step; the checkpoint of an earlier run of that name survives."""
+    """A KL that is infinite, or no number, stops the run at its step, the first of the ELBO; the checkpoint of an
+    earlier run of that name survives."""
     folder = factorize.factorize(config.load(factorize, [*SHORT, "--name=survivor"]))
     before = open(os.path.join(folder, "ckpt.pt"), "rb").read()
-    monkeypatch.setattr(losses, "categorical_kl", lambda logq, logp: logq.sum(dim=1) * math.nan)
+    monkeypatch.setattr(losses, "categorical_kl", lambda logq, logp: logq.sum(dim=1) * math.inf)
     with pytest.raises(SystemExit, match="step 4: term kl is not finite; nothing was saved"):
         run("survivor")
+    monkeypatch.setattr(losses, "categorical_kl", lambda logq, logp: logq.sum(dim=1) * math.nan)
     with pytest.raises(SystemExit, match="step 4: term kl is not finite; 'out/survivor/state.pt' holds the last steps"):
         run("survivor", "--save_every=2")
     assert open(os.path.join(folder, "ckpt.pt"), "rb").read() == before
@@ -1005,7 +1025,7 @@ def test_a_gradient_that_is_not_finite_stops_a_run_whose_terms_are(workplace, mo
     monkeypatch.setattr(losses, "router_support", lambda logits, K: (0 * logits.sum(dim=1)).sqrt())
     with pytest.raises(SystemExit, match="step 1: a gradient is not finite; nothing was saved"):
         run("infinite")
-    monkeypatch.setattr(train_base, "score_base", lambda model, ids, starts: (0 * model(ids).sum(dim=2)).sqrt())
+    monkeypatch.setattr(train_base, "score_base", lambda model, pairs: (0 * model(pairs.ids).sum(dim=2)).sqrt())
     with pytest.raises(SystemExit, match="step 1: a gradient is not finite"):
         train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=infinite_base"]))
 
@@ -1108,18 +1128,21 @@ def test_a_base_that_is_interrupted_and_resumed_is_the_same_base(workplace, monk
     assert not os.path.exists(f"out/{parts.name}/state.pt")
 
 
-@pytest.mark.parametrize("short, stages, stage", [
-    (SHORT, ["--fixed_label_steps=5"], "fixed labels"),
-    (SHORT, ["--responsibility_steps=4"], "responsibilities"),
-    (SHORT, ["--responsibility_steps=1"], "ELBO"),
-    (SHORT_CONTINUOUS, ["--cell_steps=5"], "fixed labels"),
-    (SHORT_CONTINUOUS, ["--cell_steps=2"], "ELBO")])
-def test_a_factorization_that_is_interrupted_and_resumed_is_the_same_one(workplace, monkeypatch, short, stages, stage):
+@pytest.mark.parametrize("short, stages, before, after", [
+    (SHORT, ["--fixed_label_steps=5"], "fixed labels", "fixed labels"),
+    (SHORT, ["--fixed_label_steps=3"], "fixed labels", "responsibilities"),
+    (SHORT, ["--responsibility_steps=4"], "responsibilities", "responsibilities"),
+    (SHORT, ["--responsibility_steps=1"], "ELBO", "ELBO"),
+    (SHORT_CONTINUOUS, ["--cell_steps=5"], "fixed labels", "fixed labels"),
+    (SHORT_CONTINUOUS, ["--cell_steps=3"], "fixed labels", "ELBO"),
+    (SHORT_CONTINUOUS, ["--cell_steps=2"], "ELBO", "ELBO")])
+def test_a_factorization_that_is_interrupted_and_resumed_is_the_same_one(workplace, monkeypatch, short, stages,
+                                                                         before, after):
     """To the last bit. The interruption comes after the third step of five, within a pool of four batches: its pairs
     and labels are part of the state."""
     stages = ["--pool_size=128", "--steps=5", *stages]
     log, weights = run("whole", *stages, short=short)
-    assert [entry["stage"] for entry in log[2:4]] == [stage, stage]
+    assert [entry["stage"] for entry in log[2:4]] == [before, after]
     cfg = config.load(factorize, [*short, "--name=parts", *stages])
     assert interrupt(monkeypatch, factorize.factorize, cfg) == 128 + signal.SIGTERM
     resumed_log, resumed_weights = run("parts", *stages, "--overwrite=False", "--resume=True", short=short)
