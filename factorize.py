@@ -310,7 +310,8 @@ def factorize(cfg):
                 model, pool, labels, rows, stage, cfg, weights, log_prior, rng)
             terms, gradients = gradient(
                 model, q, batch, batch_labels, stage, weights, parameters, cfg.chunks)
-            run.check_finite(step, {name: terms[name] for name in terms if weights[name]}, gradients)
+            used = {name: value for name, value in terms.items() if weights[name]}
+            run.check_finite(step, used, gradients)
             update(optimizers, parameters, gradients)
             entry = log_entry(step, stage, terms, weights, c_base) | {"minutes": run.minutes}
             if run.due(step):
