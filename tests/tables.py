@@ -260,8 +260,8 @@ def steps_table():
     """Seconds a step of factorize.py before the rewrite and after it, stage by stage."""
     with open(os.path.join(ROOT, "assets", "results", "steps.json")) as f:
         stages = json.load(f)["stages"]
-    rows = [[name, f"{r['theirs']:.3f}", f"{r['seconds']:.3f}", f"{r['ratio']:.2f}", f"{r['min']:.2f} to {r['max']:.2f}"]
-            for name, r in stages.items()]
+    rows = [[name, f"{r['theirs']:.3f}", f"{r['seconds']:.3f}", f"{r['ratio']:.2f}",
+             f"{r['min']:.2f} to {r['max']:.2f}"] for name, r in stages.items()]
     return table(["grid, stage", "c6332ee", "8a50f6e", "ratio", "spread"], rows)
 
 
@@ -279,9 +279,9 @@ def without(keys):
     return {key: title for key, title in COLUMNS.items() if key not in keys}
 
 
-TABLES = {"front": front_table, "rewrite": rewrite_table, "faults": faults_table, "bench": bench_table, "steps": steps_table, "profile": profile_table,
-          "base": base_table, "clusters": clusters_table, "agreement": agreement_table, "variants": variants_table,
-          "two_tasks": two_tasks_table,
+TABLES = {"front": front_table, "rewrite": rewrite_table, "faults": faults_table, "bench": bench_table,
+          "steps": steps_table, "profile": profile_table, "base": base_table, "clusters": clusters_table,
+          "agreement": agreement_table, "variants": variants_table, "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
           "cuda": lambda: runs_table(results("cuda/*_discrete_*.json"), {key: COLUMNS[key] for key in CUDA_KEYS}),

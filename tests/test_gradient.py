@@ -15,8 +15,9 @@ from posterior import Posterior
 STAGES = {"fixed labels": 0, "responsibilities": 1, "ELBO": 2}  # the step of SHORT in which each is reached
 SHORT = ["configs/tiny_discrete.py", "--fixed_label_steps=1", "--responsibility_steps=1", "--prior=[3, 2, 1]"]
 CONTINUOUS = ["configs/tiny_continuous.py", "--cell_steps=2", "--z_dim=3", "--z_samples=2"]
-SUPPORT = {"token_weighted": 0.7, "posterior_entropy": 0.3, "router_support": 0.2, "router_marginal_kl": 1.3, "jsd": 0.9}
-VARIANCE = {"token_weighted": 0.7, "router_moment_kl": 1.3, "posterior_variance": 0.4, "cell": 0.6}
+DISCRETE_WEIGHTS = {"token_weighted": 0.7, "posterior_entropy": 0.3, "router_support": 0.2,
+                    "router_marginal_kl": 1.3, "jsd": 0.9}
+CONTINUOUS_WEIGHTS = {"token_weighted": 0.7, "router_moment_kl": 1.3, "posterior_variance": 0.4, "cell": 0.6}
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +109,8 @@ def both_gradients(flags, more, posterior, stage, step, only=None):
     return values, terms, [(n, g, p.grad) for (n, p), g in zip(named, got, strict=True)]
 
 
-KINDS = [(SHORT, SUPPORT, stage, step) for stage, step in STAGES.items()] + [
-    (CONTINUOUS, VARIANCE, stage, step) for stage, step in STAGES.items() if stage != "responsibilities"]
+KINDS = [(SHORT, DISCRETE_WEIGHTS, stage, step) for stage, step in STAGES.items()] + [
+    (CONTINUOUS, CONTINUOUS_WEIGHTS, stage, step) for stage, step in STAGES.items() if stage != "responsibilities"]
 
 
 @pytest.mark.parametrize("posterior", ["linear", "full"])
@@ -166,5 +167,6 @@ def test_no_graph_of_a_chunk_outlives_its_gradient(workplace, monkeypatch):
     cfg, model, q, pairs = setting(SHORT, {}, "linear")
     labels = factorize.label_pool(model, q, pairs, "ELBO", cfg, None, None)
     monkeypatch.setattr(factorize, "score_latents", spy)
-    factorize.gradient(model, q, pairs, labels, "ELBO", factorize.term_weights(cfg, "ELBO", 1.0), [*model.parameters()], 10)
+    weights = factorize.term_weights(cfg, "ELBO", 1.0)
+    factorize.gradient(model, q, pairs, labels, "ELBO", weights, [*model.parameters()], 10)
     assert len(sentinels) == 10 and set(alive) == {1}

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (EPS, GPT, GPTConfig, Pairs, as_pairs, fit_latent_section, gaussian, in_chunks, insert_latents,
-                   log_likelihood, pad, sample, sample_in_batches, sample_pairs, score_base, score_latents, score_router)
+                   log_likelihood, pad, sample, sample_in_batches, sample_pairs, score_base, score_latents,
+                   score_router)
 from tasks import BOS, EOS, PAD, X, X_END, Y, Y_END, Z, Z_EMPTY, Z_END
 
 VOCAB = 20
