@@ -43,7 +43,7 @@ class Config:
     steps: Count = 700  # gradient steps
     batch_size: Count = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: Count = 512  # pairs sampled and labelled at a time; each is used once
-    chunks: Count = 8  # pieces of a batch, at least; more take less memory
+    chunks: Count = 8  # parts of a batch, at least; more take less memory
     section_steps: int = 60  # steps that fit <z> z </z> to leave the base's p(y|x) as it was
     # clusters
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: q's head stays random
