@@ -1,4 +1,4 @@
-"""Comparisons for assets/results/README.md: what labels would give, what plain clustering finds, what two tasks in one base do.
+"""Comparisons for the page of results: what labels would give, what clustering finds, what two tasks in one base do.
 
     python tests/baselines.py supervised configs/grid_discrete.py --name=grid_supervised --seed=0
     python tests/baselines.py clusters configs/grid_discrete.py --seed=0 > assets/results/clusters/grid_seed0.json

@@ -1,7 +1,7 @@
 """Runs training, factorization and evaluation with random values: each run ends well or in one line; CI runs it.
 
     python tests/fuzz.py 40            # that many runs; a non-zero exit and the flags if one fails in another way
-    python tests/fuzz.py 40 --write    # the same, and adds them to assets/results/faults.json, a table of tests/README.md
+    python tests/fuzz.py 40 --write    # the same, and adds them to assets/results/faults.json
 
 Up to three keys of a short run, of the base or of a factorization with either kind of z, take a value that their type
 allows, sensible or not. Then evaluate.py is asked about ten inputs a run, made of random characters.
