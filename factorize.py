@@ -212,9 +212,9 @@ def gradient(model, q, batch, labels, stage, weights, parameters, n_chunks):
         values = torch.stack([term.detach() for term in terms.values()])
         return values, *torch.autograd.grad(J, parameters, allow_unused=True)
 
-    # under all K latents a pair is K records: more chunks, so that none has many more than 64
-    records = len(batch.ids) * (max(model.config.n_latents, 1) if stage == "ELBO" else 1)
-    chunks = batch.by_length(max(n_chunks, parallel.processes, records // 64))
+    # in the ELBO a pair is n records, one for every z: more chunks, of about 64 records or one pair
+    n = model.config.n_latents or labels["noise"].shape[1] + 1 if stage == "ELBO" else 1
+    chunks = batch.by_length(max(n_chunks, len(batch.ids) * n // 64))
     values, *gradients = sum_chunks(of_chunk, chunks)
     return dict(zip(weights, values.tolist())), gradients
 

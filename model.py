@@ -282,9 +282,9 @@ class Pairs(NamedTuple):
         return Pairs(ids[:, :width], self.starts[index], self.b[index][:, :width])
 
     def by_length(self, n_chunks):
-        """Indices of the rows, in chunks of similar length, the longest first: little is spent on padding."""
+        """Indices of the rows, in chunks of similar length, the longest first; at least one for every process."""
         order = (self.ids != PAD).sum(dim=1).argsort(descending=True)
-        return order.tensor_split(min(n_chunks, len(order)))
+        return order.tensor_split(min(max(n_chunks, parallel.processes), len(order)))
 
 
 def as_pairs(records, starts):
@@ -363,7 +363,8 @@ def score_latents(model, pairs, latents=None):
 def log_likelihood(model, pairs, *z):
     """log p_psi(y|x,z) of every pair under every latent: Pairs of B -> (B, K), without gradient; or, given z (B, n, D),
     under the n vectors of each pair: (B, n)."""
-    return in_chunks(lambda chunk, *z: -score_latents(model, chunk, *z)[0].sum(dim=2), pairs, *z)
+    n = z[0].shape[1] if z else model.config.n_latents  # a chunk has 64 records, or one pair
+    return in_chunks(lambda chunk, *z: -score_latents(model, chunk, *z)[0].sum(dim=2), pairs, *z, size=max(1, 64 // n))
 
 
 def score_router(model, pairs):

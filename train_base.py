@@ -136,7 +136,7 @@ def gradient(model, pairs, weights, n_chunks):
         nll = weights[rows] @ score_base(model, pairs.rows(rows)).sum(dim=1)
         return nll.detach(), *torch.autograd.grad(nll, parameters)
 
-    nll, *gradients = sum_chunks(of_chunk, pairs.by_length(max(n_chunks, parallel.processes)))
+    nll, *gradients = sum_chunks(of_chunk, pairs.by_length(n_chunks))
     return nll.item(), gradients
 
 

@@ -3,8 +3,7 @@
     torchrun --standalone --nproc_per_node=2 factorize.py configs/sorting_discrete.py --threads=1
 
 A batch is cut into chunks. Each of n processes takes every n-th chunk, and its threads work on them side by side. Then
-all processes exchange their results, so that every process holds the same weights and the same values of the whole
-batch. Process 0 alone writes files.
+all exchange their results: every process holds the same weights and the same values. Process 0 alone writes files.
 """
 import contextlib
 import io
@@ -122,7 +121,7 @@ def add_up(parts):
                     total += tensor
         del part
     if totals is None:
-        fail(f"a batch falls into fewer chunks than there are processes ({processes}): raise batch_size")
+        fail(f"there are fewer pairs to work on than processes ({processes}): start fewer, or raise batch_size")
     for total in totals:
         if total is not None and processes > 1:
             dist.all_reduce(total)

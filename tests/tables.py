@@ -165,7 +165,7 @@ def rewrite_table():
     keys = {"alignment_one_to_one": "alignment", "sampled_z_probe_accuracy": "probe, sampled z",
             "local_strategy_full_coverage_rate": "full coverage", "nll_gap": "NLL gap",
             "nll_gap_of_valid": "NLL gap, valid y"}
-    found = results("rewrite/*_seed*.json")
+    found = results("rewrite/*_continuous_seed*.json") | results("rewrite/*_discrete_seed*.json")
     rows = [[name, found[f"{name}_seed0"]["commit"], *(f"{m[key]:.3f}" if key in m else "" for key in keys)]
             for name, (m,) in by_run(found).items()]
     return table(["run, seed 0", "commit", *keys.values()], rows)

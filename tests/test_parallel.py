@@ -118,7 +118,7 @@ def test_a_sum_keeps_none_of_its_parts():
 
 def test_fewer_chunks_than_processes_are_one_line():
     """Such as where a batch has fewer pairs: a process is left without work."""
-    with pytest.raises(SystemExit, match=r"fewer chunks than there are processes \(1\): raise batch_size"):
+    with pytest.raises(SystemExit, match=r"fewer pairs to work on than processes \(1\): start fewer, or raise batch_size"):
         parallel.sum_chunks(lambda chunk: (chunk,), [])
 
 
