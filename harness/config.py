@@ -42,7 +42,7 @@ def check_value(key, value, kind):
         return value
     kind, least, most = get_args(kind) if get_origin(kind) is Annotated else (kind, 0, LARGEST)
     kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
-    if float in kinds and type(value) is int:
+    if float in kinds and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
     if type(value) not in kinds:
         fail(f"config key '{key}' takes {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
@@ -97,7 +97,7 @@ def load(script, argv):
             fail(f"expected --key=value, such as --seed=1 or --resume=True, got '{flag}'")
         try:
             assigned[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             assigned[key] = text  # a bare word is a string
         if kinds.get(key) is str:
             assigned[key] = text

@@ -202,6 +202,31 @@ def test_likelihoods_computed_in_chunks_come_back_in_the_order_of_the_pairs(mode
     assert torch.allclose(log_likelihood(model, pairs, z), one_pass, atol=1e-3)
 
 
+def test_a_likelihood_under_many_latents_takes_few_pairs_at_a_time(model, monkeypatch):
+    """At most 64 records a chunk, whatever K is: no pool of labels takes the memory of its pairs times K."""
+    pairs = as_pairs([p + [12, Y_END, EOS] for p in prompts(20)], map(len, prompts(20)))
+    score, sizes = score_latents, []
+
+    def spy(model, chunk, *z):
+        sizes.append(len(chunk.ids) * model.config.n_latents)
+        return score(model, chunk, *z)
+
+    monkeypatch.setattr("model.score_latents", spy)
+    for n_latents in (3, 40, 100):
+        sizes.clear()
+        log_likelihood(with_random_latents(model, n_latents=n_latents), pairs)
+        assert sum(sizes) == 20 * n_latents and max(sizes) <= max(64, n_latents)
+
+
+def test_every_process_gets_a_chunk(model, monkeypatch):
+    """Where there are as many pairs: also of a pool that one chunk would hold."""
+    pairs = as_pairs(prompts(12), map(len, prompts(12)))
+    for processes, n in ((1, 2), (5, 5), (20, 12)):
+        monkeypatch.setattr("harness.parallel.processes", processes)
+        chunks = pairs.by_length(2)
+        assert len(chunks) == n and sorted(torch.cat(chunks).tolist()) == list(range(12))
+
+
 def test_new_tokens_leave_the_base_as_it_was(model):
     """Records without '<z> z </z>' have the base's logits; a new token is as unlikely as <z_empty>; a Gaussian router
     begins as N(0, I) for every x. The base's own tensors are not touched."""

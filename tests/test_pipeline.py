@@ -880,7 +880,7 @@ def test_the_help_says_for_which_kind_of_z_a_key_is(kind, keys):
 
 
 VALUES = ["", "0", "-1", "3", "1.5", "1e400", "nan", "None", "True", "[]", "[1, 2]", "[None]", "{'a': 1}", "'", "(",
-          "x" * 99, "\n", "\0", "ä", "__import__('os')"]
+          "x" * 99, "\n", "\0", "ä", "__import__('os')", "1" + 400 * "0", 5000 * "-" + "1"]
 
 
 @pytest.mark.parametrize("script, path", [(train_base, "configs/tiny_base.py"),
