@@ -240,7 +240,7 @@ def semantics(means, labels, x_index, z, found, task, seed):
 @torch.no_grad()
 def during_training(model, q, task, pool, n_inputs, seed):
     """What the log says of a run in training, on validation inputs: a discrete z is forced. Of a continuous one, the
-    semantics of the posterior on a pool of base samples, and of router samples for at most 32 inputs."""
+    semantics of router samples for at most 32 inputs, and of the posterior on the pool of *training* pairs."""
     tokenizer = Tokenizer(task.vocab, model.config.n_latents)
     xs = different_inputs(task, n_inputs, "validation")
     if not model.config.z_dim:

@@ -85,7 +85,7 @@ class Config:
     eval_every: Count = 100  # steps between evaluations during training
     validation_inputs: at_least(2) = 64  # inputs they take; at most 32 where z is continuous
     eval_inputs: at_least(2) = 256  # different test inputs, as many as the task has
-    eval_samples: Count = 8  # router samples an input, or K if that is more; 16 if z is continuous
+    eval_samples: Count = 8  # samples of a discrete router an input, or K if that is more
     # running
     seed: int = 0  # of weights, data and clusters
     threads: Count = 2  # CPU threads
@@ -98,7 +98,7 @@ class Config:
 
 DISCRETE_ONLY = ("fixed_label_steps", "fixed_label_power", "responsibility_steps", "tau", "alpha",
                  "posterior_entropy_weight", "router_support_weight", "router_marginal_kl_weight",
-                 "jsd_weight")
+                 "jsd_weight", "eval_samples")
 CONTINUOUS_ONLY = ("cell_steps", "posterior_std", "z_samples", "cell_weight",
                    "router_moment_kl_weight", "posterior_variance_weight")
 

@@ -153,7 +153,8 @@ def test_the_gradient_of_each_term_alone_is_that_of_one_graph(workplace, flags, 
 
 
 @pytest.mark.parametrize("flags, stage, step, z_of_a_pair", [
-    (SHORT, "fixed labels", 0, 1), (SHORT, "ELBO", 2, 3), (CONTINUOUS, "fixed labels", 0, 1), (CONTINUOUS, "ELBO", 2, 3)])
+    (SHORT, "fixed labels", 0, 1), (SHORT, "ELBO", 2, 3),
+    (CONTINUOUS, "fixed labels", 0, 1), (CONTINUOUS, "ELBO", 2, 3)])
 def test_a_chunk_has_about_64_records_or_one_pair(workplace, monkeypatch, flags, stage, step, z_of_a_pair):
     """Of 70 pairs, each as many records as the stage scores z: K, or the samples of q and the z of the cell."""
     cfg, model, q, pairs = setting(flags, {}, "linear")

@@ -30,9 +30,9 @@ from posterior import Posterior
 from tasks import Tokenizer
 
 BOTH = ["--steps=4", "--eval_every=2", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4",
-        "--section_steps=2", "--pool_size=32", "--eval_inputs=8", "--eval_samples=2", "--validation_inputs=4",
-        "--chunks=1", "--overwrite=True"]
-SHORT = ["configs/tiny_discrete.py", *BOTH, "--fixed_label_steps=1", "--responsibility_steps=2"]
+        "--section_steps=2", "--pool_size=32", "--eval_inputs=8", "--validation_inputs=4", "--chunks=1",
+        "--overwrite=True"]
+SHORT = ["configs/tiny_discrete.py", *BOTH, "--eval_samples=2", "--fixed_label_steps=1", "--responsibility_steps=2"]
 SHORT_CONTINUOUS = ["configs/tiny_continuous.py", *BOTH, "--cell_steps=2"]
 KINDS = pytest.mark.parametrize("short", [SHORT, SHORT_CONTINUOUS], ids=["discrete", "continuous"])
 

@@ -41,7 +41,7 @@ def read(page):
 
 
 TEXT = {page: read(page) for page in PAGES}
-FRONT, RESULTS, TESTS = (TEXT[page] for page in PAGES)
+FRONT, RESULTS, TESTS, _ = (TEXT[page] for page in PAGES)
 
 
 def code_of(text):
