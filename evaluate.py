@@ -6,7 +6,6 @@
 
 What is measured comes first, the command line last. Strategy names are read here and by train_base.py, which makes the
 data. A glossary of all metrics is in assets/results/README.md.
-[1] Kuhn 1955; Munkres 1957 (Hungarian algorithm)
 """
 import math
 import os
@@ -49,22 +48,28 @@ def indices(task, found):
 
 def local_coverage(found, n, K, S, prefix=""):
     """found: a strategy or None for each of n solutions to every x in turn. Distinct strategies among the first K of an
-    x, over min(K, S): its mean over x, and the share of x where it is 1."""
-    shares = [len(set(found[i:i + K]) - {None}) / min(K, S) for i in range(0, len(found), n)]
+    x, over min(K, S), S being how many there are on each x: its mean over x, and the share of x where it is 1."""
+    shares = [len(set(found[i:i + K]) - {None}) / min(K, S[i // n]) for i in range(0, len(found), n)]
     return {f"{prefix}local_strategy_coverage_mean": sum(shares) / len(shares),
             f"{prefix}local_strategy_full_coverage_rate": sum(share == 1 for share in shares) / len(shares)}
 
 
 @torch.no_grad()
 def controlled(model, task, tokenizer, xs, seed):
-    """Forces every z on every x and decodes one y. Returns (metrics, C), C[z][s]: share of x on which z gave s."""
+    """Forces every z on every x and decodes one y. Returns (metrics, C), C[z][s]: share of x on which z gave s, of those
+    on which the data has s. A y that is the trace of several strategies is the one that its z is matched to, if any."""
     K, S = model.config.n_latents, len(task.strategies)
     prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
     ys = sample_ys(model, tokenizer, prompts, seeded(seed))
     all_xs = [x for x in xs for _ in range(K)]
-    found = [task.attribute(x, y) for x, y in zip(all_xs, ys)]
-    C = torch.tensor([[found[k::K].count(s) / len(xs) for s in task.strategies] for k in range(K)])
-    coverage, alignment = local_coverage(found, K, K, S), one_to_one_matching(C)[0] / max(K, S)
+    found, there = [task.all_strategies(x, y) for x, y in zip(all_xs, ys)], [task.mixture(x) for x in xs]
+    C = torch.tensor([[sum(s in own and s in has for own, has in zip(found[k::K], there))
+                       / max(sum(s in has for has in there), 1) for s in task.strategies] for k in range(K)])
+    total, matching = one_to_one_matching(C)
+    meant = [None if s is None else task.strategies[s] for s in matching]
+    found = [meant[i % K] if meant[i % K] in own else next((s for s in own if s in there[i // K]), None)
+             for i, own in enumerate(found)]
+    coverage, alignment = local_coverage(found, K, K, list(map(len, there))), total / max(K, S)
     return {"alignment_one_to_one": alignment, **coverage,
             "permutation_gap": coverage["local_strategy_coverage_mean"] - alignment,
             "latent_purity": C.max(dim=1).values.min().item(),
@@ -110,7 +115,7 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
     shares, base_shares = ([each.count(s) / len(all_xs) for s in (*task.strategies, None)]
                            for each in (found, base_found))
     metrics["sampled_strategy_total_variation"] = sum(abs(a - b) for a, b in zip(shares, base_shares)) / 2
-    S = len(task.strategies)
+    S = [len(task.mixture(x)) for x in xs]
     K = samples if model.config.z_dim else model.config.n_latents
     metrics |= local_coverage(base_found, samples, K, S, "base_")  # what K samples of the base show
     if model.config.z_dim:
@@ -121,15 +126,62 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
 @torch.no_grad()
 def strategy_probabilities(model, base, task, tokenizer, xs):
     """p(y|x) of the trace of every strategy on every x, not sampled: of the base and of the factorization, (N, S)
-    each."""
-    S = len(task.strategies)
-    records = [tokenizer.record(x, task.trace(x, s)) for x in xs for s in task.strategies]
+    each; 0 for a strategy that the data does not have there. A trace counts as often as it has wordings; strategies
+    that coincide have equal parts of it."""
+    traces = [list(task.traces(x).items()) for x in xs]
+    place = [(i, task.strategies.index(s)) for i, own in enumerate(traces) for s, _ in own]
+    ys = [[y for _, y in own] for own in traces]
+    many = torch.tensor([task.word(y, random)[1] - math.log(own.count(y)) for own in ys for y in own])
+    records = [tokenizer.record(x, y) for x, own in zip(xs, ys) for y in own]
     check_lengths(records, model.config.block_size)
-    pairs = as_pairs(records, [len(tokenizer.prompt(x)) for x in xs for _ in task.strategies])
+    pairs = as_pairs(records, [len(tokenizer.prompt(xs[i])) for i, _ in place])
     log_base = in_chunks(lambda chunk: -score_base(base, chunk).sum(dim=1), pairs)
-    logp_z = router(model, tokenizer, xs).repeat_interleave(S, dim=0)
+    logp_z = router(model, tokenizer, xs)[[i for i, _ in place]]
     log_model = (logp_z + log_likelihood(model, pairs)).logsumexp(dim=1)
-    return log_base.exp().view(-1, S), log_model.exp().view(-1, S)
+    p = torch.zeros(2, len(xs), len(task.strategies))
+    p[:, *torch.tensor(place).T] = torch.stack((log_base, log_model)).add(many).exp()
+    return p[0], p[1]
+
+
+def router_at_work(logp_z, p_model, p_base, kinds):
+    """What the router knows of x, in nats: I(x; z) of log p(z|x) (N, K); and of the base what a strategy's share says of
+    the input's kind, I(kind; strategy), from p(y|x) of every strategy's trace (N, S). kinds: the kind of every x.
+    Returns (metrics, names of the kinds, p(z|kind), p(strategy|kind))."""
+    names = sorted(set(kinds))
+    of_kind = F.one_hot(torch.tensor([names.index(kind) for kind in kinds]), len(names)).float()
+    of_kind = of_kind / of_kind.sum(dim=0)  # (N, kinds), columns sum to 1
+    p_z, p_s = logp_z.exp(), p_base / p_base.sum(dim=1, keepdim=True)
+    weight = 1 / of_kind.max(dim=0).values / len(kinds)
+    by_kind = [of_kind.T @ p for p in (p_z, p_s)]
+    metrics = {"router_information": information(p_z), "base_kind_information": information(by_kind[1], weight),
+               "router_kind_information": information(by_kind[0], weight),
+               "strategy_total_variation_per_input": total_variation(p_base, p_model).mean().item()}
+    return metrics, names, *by_kind
+
+
+def information(p, weight=None):
+    """I(row; column) in nats of p(column|row) (N, K), the rows as likely as `weight` (N,) says, or equally."""
+    weight = torch.full((len(p),), 1 / len(p)) if weight is None else weight
+    mean = (weight @ p).clamp(min=1e-12)
+    return (weight @ (p * (p.clamp(min=1e-12) / mean).log()).sum(dim=1)).item()
+
+
+@torch.no_grad()
+def without_labels(model, q, base, task, tokenizer, xs, seed):
+    """What can be said of forced z where nobody knows the strategies: the share of different y among the K of an x, and
+    how often q finds from y the z that it was made under. A y with tokens of no base is not found."""
+    K = model.config.n_latents
+    plain = Tokenizer(task.vocab)
+    prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
+    ys = [tuple(y) for y in sample_ys(model, tokenizer, prompts, seeded(seed))]
+    rows = [i for i, y in enumerate(ys) if set(y) <= set(plain.ids)]
+    records = [plain.record(xs[i // K], ys[i])[:base.config.block_size] for i in rows]
+    pairs = as_pairs(records, [len(plain.prompt(xs[i // K])) for i in rows])
+    pairs = pairs._replace(b=score_base(base, pairs))
+    found = q.read(q.all_features(pairs)).argmax(dim=1)
+    different = sum(len(set(ys[i:i + K])) for i in range(0, len(ys), K))
+    return {"distinct_outputs": different / len(ys),
+            "consistency": (found == torch.tensor(rows) % K).sum().item() / len(ys)}
 
 
 def total_variation(p, q):
@@ -191,10 +243,12 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
 
 def discrete_fidelity(model, pairs, logq, logp_z, labels, S):
     logp_y, n = log_likelihood(model, pairs), len(pairs.ids)  # (n, K)
+    mean_router = logp_z.logsumexp(dim=0) - math.log(n)
     marginal_q, entropy = logq.logsumexp(dim=0) - math.log(n), losses.posterior_entropy(logq).mean()
     choice = F.one_hot(logq.argmax(dim=1), logq.shape[1]).float()
     joint = choice.T @ F.one_hot(labels.clamp(min=0), S).float().mul((labels >= 0)[:, None]) / n
     return {"nll": -(logp_z + logp_y).logsumexp(dim=1),
+            "nll_of_mean_router": -(mean_router + logp_y).logsumexp(dim=1).mean().item(),
             "reconstruction": losses.reconstruction(logp_y, logq).mean().item(),
             "kl": losses.categorical_kl(logq, logp_z).mean().item(),
             "posterior_alignment": one_to_one_matching(joint)[0], "posterior_entropy": entropy.item(),
@@ -250,7 +304,7 @@ def during_training(model, q, task, pool, n_inputs, seed):
     pool_xs, labels = strategies_of(task, tokenizer, pool)
     index = {tuple(x): i for i, x in enumerate(pool_xs)}  # an input drawn twice is one input
     x_index = torch.tensor([index[tuple(x)] for x in pool_xs])
-    return {**local_coverage(found, SAMPLES, SAMPLES, len(task.strategies)),
+    return {**local_coverage(found, SAMPLES, SAMPLES, [len(task.mixture(x)) for x in xs[:32]]),
             **semantics(q.read(q.all_features(pool))[0], labels, x_index, z, found, task, seed)}
 
 
@@ -264,33 +318,17 @@ def strategies_of(task, tokenizer, pairs):
 
 def one_to_one_matching(C):
     """C (K, S) -> (score, matching): the largest sum of C[z, matching[z]] over matchings in which no column serves two
-    rows; matching[z] is None for a row left over where K > S. Exact: Hungarian algorithm [1], a shortest augmenting
-    path for every row, over reduced costs -C[i, j] - row[i] - column[j] >= 0."""
-    rows = C.tolist() if C.shape[0] <= C.shape[1] else C.T.tolist()
-    n, m = len(rows), len(rows[0])
-    row, column = [0.0] * n, [0.0] * (m + 1)  # potentials
-    owner = [None] * (m + 1)  # the row that each column serves; column m stands for "not served yet"
-    for i in range(n):
-        owner[m], j, reached = i, m, set()
-        distance, previous = [math.inf] * m, [None] * m
-        while owner[j] is not None:
-            reached.add(j)
-            for k in set(range(m)) - reached:
-                reduced = -rows[owner[j]][k] - row[owner[j]] - column[k]
-                if reduced < distance[k]:
-                    distance[k], previous[k] = reduced, j
-            nearest = min(set(range(m)) - reached, key=lambda k: distance[k])
-            step = distance[nearest]
-            for k in reached:
-                row[owner[k]] += step
-                column[k] -= step
-            distance = [d - step for d in distance]
-            j = nearest
-        while j != m:  # the path's columns change hands
-            owner[j], j = owner[previous[j]], previous[j]
-    pairs = [(owner[j], j) for j in range(m) if owner[j] is not None]
-    matching = dict(pairs) if C.shape[0] <= C.shape[1] else {j: i for i, j in pairs}
-    return sum(rows[i][j] for i, j in pairs), [matching.get(z) for z in range(C.shape[0])]
+    rows; matching[z] is None for a row left over where K > S. Exact: for every set of columns, as the bits of a number,
+    the best way to serve them by the rows so far."""
+    best = {0: (0.0, [])}
+    for row in C.tolist():
+        before, best = best, {}
+        for used, (total, matching) in before.items():
+            for s, value in [(None, 0.0), *enumerate(row)]:
+                bit = 0 if s is None else 1 << s
+                if not used & bit and total + value > best.get(used | bit, (-1,))[0]:
+                    best[used | bit] = (total + value, [*matching, s])
+    return max(found for used, found in best.items() if used.bit_count() == min(C.shape))
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -311,7 +349,11 @@ def load_run(folder):
 SHOWN = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutation_gap",
          "controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
          "posterior_mu_probe_accuracy", "sampled_z_probe_accuracy", "sampled_z_probe_accuracy_control",
-         "centroid_distance", "sampled_strategy_total_variation", "nll", "base_nll", "posterior_alignment", "minutes")
+         "centroid_distance", "sampled_strategy_total_variation", "strategy_total_variation_per_input", "nll", "base_nll",
+         "nll_of_mean_router", "router_information", "base_kind_information", "posterior_alignment",
+         # what is known without strategy names
+         "cluster_collisions", "cluster_agreement", "cluster_halves", "posterior_mutual_information", "distinct_outputs",
+         "consistency", "minutes")
 
 
 def evaluate(folder, seed=0):
@@ -328,11 +370,11 @@ def evaluate(folder, seed=0):
     if D:
         metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
     else:
-        shares_by_x = strategy_probabilities(model, base, task, tokenizer, xs)
-        metrics["strategy_total_variation_per_input"] = total_variation(*shares_by_x).mean().item()
+        p_base, p_model = strategy_probabilities(model, base, task, tokenizer, xs)
+        at_work, *by_kind = router_at_work(router(model, tokenizer, xs), p_model, p_base, list(map(task.kind, xs)))
+        metrics |= at_work | without_labels(model, q, base, task, tokenizer, xs, seed)
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
-    metrics |= {"test_inputs": len(xs), "minutes": checkpoint["minutes"],
-                "start_nll_error": checkpoint["start_nll_error"]}
+    metrics |= checkpoint["clusters"] | {"test_inputs": len(xs), "minutes": checkpoint["minutes"]}
     runs.write_result(folder, cfg, checkpoint["made_with"] | {"base": checkpoint["base"]["config"]}, metrics)
     named = [f"{s}\nrouter {share:.0%}, base {base_share:.0%}"  # shares of the samples of either
              for s, share, base_share in zip(task.strategies, shares, base_shares)]
@@ -345,11 +387,9 @@ def evaluate(folder, seed=0):
     if D:
         figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), named,
                                   os.path.join(folder, "latent_space.png"))
-        if D == 2:
-            figures.draw_maps(*strategy_maps(model, task, tokenizer, xs[:4]), task.strategies,
-                              os.path.join(folder, "maps.png"))
     else:
         figures.draw_matching(C, one_to_one_matching(C)[1], named, os.path.join(folder, "matching.png"))
+        figures.draw_router(*by_kind, one_to_one_matching(C)[1], task.strategies, os.path.join(folder, "router.png"))
         figures.draw_traces(" ".join(xs[0]), *sample_traces(run, xs[0], seed), task.strategies,
                             os.path.join(folder, "traces.png"))
     for name in SHOWN:
@@ -371,18 +411,6 @@ def sample_traces(run, x, seed):
     ys += sample_ys(model, tokenizer, [tokenizer.prompt(x, k) for k in range(K)], generator)
     traces = [(task.attribute(x, y) or "no strategy", trace_lines(y)) for y in ys]
     return traces[:K], traces[K:]
-
-
-def strategy_maps(model, task, tokenizer, xs, points=25):
-    """The strategy of y, the likeliest token at a time, under every z of a plane from -3 to 3, for every x: a list of
-    (points, points) indices, S for none; and the inputs as text."""
-    side = torch.linspace(-3, 3, points)
-    z, maps = torch.cartesian_prod(side, side), []
-    for x in xs:
-        ys = sample_ys(model, tokenizer, len(z) * [tokenizer.prompt(x, continuous=True)], seeded(0), 0, z)
-        found = indices(task, [task.attribute(x, y) for y in ys])
-        maps.append(torch.where(found < 0, len(task.strategies), found).view(points, points))
-    return maps, [" ".join(x) for x in xs]
 
 
 def trace_lines(y):

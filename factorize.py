@@ -38,8 +38,7 @@ class Config:
     base: str  # config file of the base model, which is trained first if its checkpoint is missing
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     z_dim: int = 0  # D, the size of a continuous z; 0: discrete latents
-    n_latents: int = 0  # K, the number of clusters, and of discrete latents; 0: one per strategy
-    prior: list | None = None  # share of the base's responses in each cluster; None: equal shares
+    n_latents: int = 0  # K, the number of clusters, and of discrete latents; 0: found by clustering
     steps: Count = 700  # gradient steps
     batch_size: Count = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: Count = 512  # pairs sampled and labelled at a time; each is used once
@@ -48,7 +47,7 @@ class Config:
     # clusters
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: q's head stays random
     cluster_responses: at_least(2) = 12  # responses to each of them
-    cluster_restarts: Count = 192  # starts of the clustering, of which the best counts
+    cluster_searches: Count = 6  # searches for clusters, of which the best counts
     posterior: Literal["linear", "full"] = "linear"  # q trains its head; or its backbone, too
     # stages where z is discrete; the ELBO takes the steps that remain
     fixed_label_steps: int = 300  # steps in which q stands still and labels
@@ -68,7 +67,7 @@ class Config:
     # ... where z is discrete
     posterior_entropy_weight: Weight = 0.0  # of H(q)
     router_support_weight: Weight = 0.1  # of the router's mass outside the latent tokens
-    router_marginal_kl_weight: Weight = 0.0  # of KL(mean router || prior)
+    router_marginal_kl_weight: Weight = 0.0  # of KL(mean router || shares of the clusters)
     jsd_weight: Weight = 0.0  # of minus the inter-latent Jensen-Shannon divergence, in the ELBO
     # ... where z is continuous
     cell_weight: Weight = 0.5  # of -log p(y|x,z), z ~ N(0, I) in the cell of the pair, in the ELBO
@@ -230,7 +229,7 @@ def sample_responses(base, task, n_inputs, n_responses, key):
 
 
 @torch.no_grad()
-def label_pool(model, q, pool, stage, cfg, log_prior, rng):
+def label_pool(model, q, pool, stage, cfg, share, rng):
     """Labels of N pairs in a stage, name -> (N, ...): log_r (N, K); or, where z is continuous,
     z (N, 1, D) ~ N(0, I) in the cell of the pair; and `features` of a frozen posterior."""
     features = q.all_features(pool)
@@ -241,12 +240,12 @@ def label_pool(model, q, pool, stage, cfg, log_prior, rng):
         labels["log_r"] = F.log_softmax(cfg.fixed_label_power * out, dim=1)
     elif stage == "responsibilities":
         scores = log_likelihood(model, pool) / cfg.tau + cfg.alpha * out
-        labels["log_r"] = losses.balanced_responsibilities(scores, log_prior)
+        labels["log_r"] = losses.balanced_responsibilities(scores, share.log())
     return labels
 
 
 @torch.no_grad()
-def take_batch(model, pool, labels, rows, stage, cfg, weights, log_prior, rng):
+def take_batch(model, pool, labels, rows, stage, cfg, weights, share, rng):
     """Pairs of the pool and their labels, and among these what needs the whole batch, before it is
     cut into chunks: draws z (B, 1) ~ r, or noise (B, n, D) of q; and, the same for all pairs, the
     mean router log_marginal (B, K) and log_prior (B, K), or the moments m, v (B, D) of the routers,
@@ -260,9 +259,9 @@ def take_batch(model, pool, labels, rows, stage, cfg, weights, log_prior, rng):
     if {"router_marginal_kl", "router_moment_kl"} & set(weights):
         router = in_chunks(lambda chunk: score_router(model, chunk), batch)
     if "router_marginal_kl" in weights:
-        logp_z = F.log_softmax(router[:, -len(log_prior):], dim=1)
+        logp_z = F.log_softmax(router[:, -len(share):], dim=1)
         labels["log_marginal"] = (logp_z.logsumexp(dim=0) - math.log(B)).expand(B, -1)
-        labels["log_prior"] = log_prior.expand(B, -1)
+        labels["log_prior"] = share.log().expand(B, -1)
     if "router_moment_kl" in weights:
         mean, log_var = gaussian(router)
         m = mean.mean(dim=0)
@@ -275,24 +274,25 @@ def take_batch(model, pool, labels, rows, stage, cfg, weights, log_prior, rng):
 def factorize(cfg):
     """Runs the recipe of cfg and leaves its run folder; returns the path of the folder."""
     base_cfg = load_base_config(cfg)
-    K = cfg.n_latents or len(train_base.make_task(base_cfg.task, base_cfg.task_sizes).strategies)
-    check(cfg, K)  # whatever is wrong is said before a base is trained
+    check(cfg)  # whatever is wrong is said before a base is trained
     parallel.start(cfg.threads, cfg.device, cfg.precision)
-    log_prior = torch.tensor(cfg.prior or K * [1.0]).log().log_softmax(dim=0)
     with runs.Run(cfg) as run:
         base, task, base_checkpoint = train_base.get_base(base_cfg, cfg.base)
         torch.manual_seed(cfg.seed)  # the base may have been trained just now, or long ago
         run.begin()
-        model = base.with_latents(0 if cfg.z_dim else K, cfg.z_dim)
-        q = Posterior(base, K, cfg.posterior, cfg.z_dim)
+        q = Posterior(base, cfg.n_latents, cfg.posterior, cfg.z_dim)
+        share, found = run.state["clusters"] if run.state else find_clusters(run, q, base, task)
+        if run.state:
+            q.make_head(len(share))
+        model = base.with_latents(0 if cfg.z_dim else len(share), cfg.z_dim)
         optimizers = [*make_optimizers(model, cfg),
                       torch.optim.AdamW(q.parameters(), cfg.posterior_lr, weight_decay=0.0)]
         parameters = [p for each in optimizers for group in each.param_groups
                       for p in group["params"] if p.requires_grad]
         if run.state:
-            pool, labels, start_nll_error = resume(run, model, q, optimizers, base_checkpoint)
+            pool, labels = resume(run, model, q, optimizers, base_checkpoint)
         else:
-            start_nll_error = start(run, model, q, base, task, log_prior)
+            found["start_nll_error"] = start(run, model, base, task)
         c_base = base_checkpoint["c_base"]
         bar = run.steps()
         for step in bar:
@@ -304,10 +304,10 @@ def factorize(cfg):
             if offset == 0:
                 pool = sample_responses(base, task, cfg.pool_size, 1, f"pool {cfg.seed} {step}")
             if offset == 0 or stage != stage_of(cfg, step - 1):
-                labels = label_pool(model, q, pool, stage, cfg, log_prior, rng)
+                labels = label_pool(model, q, pool, stage, cfg, share, rng)
             rows = slice(offset, offset + cfg.batch_size)
             batch, batch_labels = take_batch(
-                model, pool, labels, rows, stage, cfg, weights, log_prior, rng)
+                model, pool, labels, rows, stage, cfg, weights, share, rng)
             terms, gradients = gradient(
                 model, q, batch, batch_labels, stage, weights, parameters, cfg.chunks)
             used = {name: value for name, value in terms.items() if weights[name]}
@@ -320,19 +320,41 @@ def factorize(cfg):
             report(cfg, bar, entry)
             run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {
                 "posterior": q.state_dict(), "c_base": c_base, "pool": list(pool),
-                "labels": labels, "start_nll_error": start_nll_error})
+                "labels": labels, "clusters": (share, found)})
         run.finish({
             "kind": "factorization", "config": dataclasses.asdict(cfg), "base": base_checkpoint,
             "model_config": vars(model.config), "model": model.state_dict(),
             "posterior": q.state_dict(), "minutes": run.minutes, "last_log": entry,
-            "start_nll_error": start_nll_error, "made_with": run.made_with})
+            "clusters": found, "made_with": run.made_with})
     return run.folder
 
 
-def start(run, model, q, base, task, log_prior):
-    """Fits the latent section of the model, and the posterior to clusters of the base's responses.
-    Returns how far the new model is from the base: max_z |NLL of y given (x, z) - NLL of the base|
-    as a share of the latter, over samples of the base; z ~ N(0, I) where it is continuous."""
+def find_clusters(run, q, base, task):
+    """Clusters responses of the base and fits q to the clusters. Returns their shares of what the
+    base says, (K,), and what there is to know about them, name -> value."""
+    cfg, n = run.cfg, run.cfg.cluster_responses
+    if not cfg.cluster_inputs:  # without statistics every feature is 0
+        q.fit_statistics(sample_responses(base, task, cfg.pool_size, 1, f"start {cfg.seed}"))
+        return torch.full((cfg.n_latents,), 1 / cfg.n_latents), {}
+    pairs = sample_responses(base, task, cfg.cluster_inputs, n, f"clusters {cfg.seed}")
+    x_index = torch.arange(len(pairs.ids)) // n
+    share, clusters = start_posterior(
+        q, pairs, x_index, cfg.n_latents, cfg.seed, cfg.cluster_searches, cfg.posterior_std)
+    found = {f"cluster_{name}": value for name, value in clusters._asdict().items() if name != "r"}
+    print(f"{cfg.name}: {len(share)} clusters with shares {', '.join(f'{s:.2f}' for s in share)}; "
+          f"{clusters.collisions:.1%} of the responses collide, {clusters.agreement:.0%} of the "
+          f"searches agree, halves of the inputs on {clusters.halves:.1%}; {run.minutes:.1f} min",
+          flush=True)
+    if clusters.halves < 0.9:
+        print(f"{cfg.name}: clusters that half of the inputs do not confirm are not to be trusted: "
+              "more cluster_inputs, or another n_latents, may help", flush=True)
+    return share, found | {"cluster_shares": share.tolist()}
+
+
+def start(run, model, base, task):
+    """Fits the latent section of the model. Returns how far the new model is from the base: max_z
+    |NLL of y given (x, z) - NLL of the base| as a share of the latter, over samples of the base;
+    z ~ N(0, I) where it is continuous."""
     cfg = run.cfg
     for_section, others = (sample_responses(base, task, cfg.pool_size, 1, f"{name} {cfg.seed}")
                            for name in ("section", "start"))
@@ -341,30 +363,21 @@ def start(run, model, q, base, task, log_prior):
     nll = -log_likelihood(model, others, *z).mean(dim=0)  # of every z
     base_nll = others.b.sum(dim=1).mean()
     start_nll_error = ((nll - base_nll).abs().max() / base_nll).item()
-    what = f"a latent in {cfg.z_dim} dimensions" if cfg.z_dim else f"{len(log_prior)} latents"
+    what = f"z in {cfg.z_dim} dimensions" if cfg.z_dim else f"{model.config.n_latents} latents"
     print(f"{cfg.name}: {what} for {task.name}, base at {base_nll:.3f} nats a solution; with "
           f"<z> z </z> inserted at most {start_nll_error:.1%} away", flush=True)
-    if not cfg.cluster_inputs:
-        q.fit_statistics(others)  # without them every feature is 0
-        return start_nll_error
-    n = cfg.cluster_responses
-    pairs = sample_responses(base, task, cfg.cluster_inputs, n, f"clusters {cfg.seed}")
-    agree = start_posterior(q, pairs, torch.arange(len(pairs.ids)) // n, log_prior,
-                            seeded(cfg.seed), cfg.cluster_restarts, cfg.posterior_std)
-    print(f"{cfg.name}: {agree:.0%} of {cfg.cluster_restarts} restarts found the same clusters, "
-          f"{run.minutes:.1f} min", flush=True)
     return start_nll_error
 
 
 def resume(run, model, q, optimizers, base_checkpoint):
-    """Takes everything back to the saved state; returns the pool, its labels, start_nll_error."""
+    """Takes everything back to the saved state; returns the pool and its labels."""
     state = run.state
     if state["c_base"] != base_checkpoint["c_base"]:
         fail(f"'{run.folder}' was begun with another base than that of {run.cfg.base}: start again "
              "by --overwrite=True")
     runs.restore(state, model, optimizers)
     q.load_state_dict(state["posterior"])
-    return Pairs(*state["pool"]), state["labels"], state["start_nll_error"]
+    return Pairs(*state["pool"]), state["labels"]
 
 
 def log_entry(step, stage, terms, weights, c_base):
@@ -395,20 +408,19 @@ def load_base_config(cfg):
     return config.load(train_base, [cfg.base, *flags])
 
 
-def check(cfg, K):
+def check(cfg):
     """Stops with one line, before any training, on values that make no sense together."""
     unused, kind = (DISCRETE_ONLY, "continuous") if cfg.z_dim else (CONTINUOUS_ONLY, "discrete")
     for field in dataclasses.fields(cfg):
         if field.name in unused and getattr(cfg, field.name) != field.default:
             fail(f"config key '{field.name}' plays no part where z is {kind} (z_dim = {cfg.z_dim})")
-    if K < 2:
-        fail(f"config key 'n_latents': a factorization needs at least 2 latents, got {K}")
+    K = cfg.n_latents
+    if K < 2 and (K or not cfg.cluster_inputs):
+        fail(f"config key 'n_latents': a factorization needs at least 2 latents, got {K}" if K else
+             "config key 'n_latents': without clusters (cluster_inputs = 0) nothing finds it")
     if K > cfg.pool_size:
         fail(f"config key 'n_latents': {K} latents cannot share the {cfg.pool_size} pairs of a "
              "pool (pool_size)")
-    if cfg.prior is not None and (len(cfg.prior) != K or not sum(cfg.prior)
-                                  or min(cfg.prior) < 1e-4 * sum(cfg.prior)):
-        fail(f"config key 'prior' takes {K} positive shares, each at least 0.0001 of their sum")
     if cfg.pool_size % cfg.batch_size:
         fail(f"config key 'pool_size' must be a multiple of batch_size ({cfg.batch_size})")
     if cfg.z_dim and not cfg.cluster_inputs:

@@ -86,38 +86,21 @@ def distillation(log_r, logq):
 
 
 @torch.no_grad()
-def balanced_responsibilities(scores, log_prior, group=None, log_weight=None, iterations=30):
-    """r = Sinkhorn(scores): rows sum to 1, and the weighted mean of the rows of each group goes to
-    the prior, so that no latent dies and none takes all. In the limit, r is the closest of all such
-    couplings to softmax(scores) in KL [2, 3]. After few iterations, rows whose scores differ by
-    much have not moved: a pair that is sure of its latent keeps it.
+def balanced_responsibilities(scores, log_share, iterations=30):
+    """r = Sinkhorn(scores): rows sum to 1, their mean goes to the shares, so that no latent dies or
+    takes all. In the limit, r is the closest of all such couplings to softmax(scores) in
+    KL [2, 3]. After few iterations, rows whose scores differ by much have not moved: a pair that is
+    sure of its latent keeps it.
 
-    scores (B, K), for example log p(y|x,z) / tau; log_prior (K,); group (B,) of integers from 0 and
-    log_weight (B,); by default one group, the batch, of equal weights. Weights sum to 1 in every
-    group, or to less: the rest counts as one more row, of score 0, such as the responses to an x
-    that were not sampled. Returns log r (B, K), without gradient: a gradient through the balancing
-    would let the model lower its loss by moving the labels.
+    scores (B, K), for example log p(y|x,z) / tau; log_share (K,). Returns log r (B, K), without
+    gradient: a gradient through the balancing would let the model lower its loss by moving the
+    labels.
     """
-    if group is None:
-        group = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        log_weight = torch.full((len(scores),), -math.log(len(scores)), device=scores.device)
-    # log potential of (group, latent)
-    shift = torch.zeros(int(group.max()) + 1, scores.shape[1], device=scores.device)
-    sampled = torch.zeros(len(shift), device=scores.device).index_add(0, group, log_weight.exp())
-    missing = 1 - sampled
-    log_missing = torch.where(missing > 1e-5, missing, 0).log()[:, None]
+    shift = torch.zeros_like(log_share)  # log potential of a latent
     for _ in range(iterations):
-        log_r = F.log_softmax(scores + shift[group], dim=1)
-        mass = grouped_logsumexp(log_r + log_weight[:, None], group, len(shift))
-        shift += log_prior - torch.logaddexp(mass, F.log_softmax(shift, dim=1) + log_missing)
-    return F.log_softmax(scores + shift[group], dim=1)
-
-
-def grouped_logsumexp(values, group, n_groups):
-    """log sum of exp(values) over the rows of each group: (B, K), (B,) -> (n_groups, K)."""
-    top = torch.full((n_groups, values.shape[1]), -torch.inf, device=values.device)
-    top = top.scatter_reduce(0, group[:, None].expand_as(values), values, "amax")
-    return top + torch.zeros_like(top).index_add(0, group, (values - top[group]).exp()).log()
+        mean = F.log_softmax(scores + shift, dim=1).logsumexp(dim=0) - math.log(len(scores))
+        shift = shift + log_share - mean
+    return F.log_softmax(scores + shift, dim=1)
 
 
 # ------------------------------------------------------------- a continuous z

@@ -6,10 +6,13 @@ Likelihood cannot tell a latent that means one strategy for every x from one tha
 on half of the inputs and B on the other half. Clusters of the base's own responses can, if each
 response is described by how it differs from the others to the same x (cluster_responses). They are
 the first labels of the posterior, a linear map of a frozen base's states.
-[1] Cuturi 2013, arXiv 1306.0895 (Sinkhorn)     [2] Arthur & Vassilvitskii 2007 (k-means++)
+[1] Cuturi 2013, arXiv 1306.0895 (Sinkhorn)     [2] Hyvärinen 1999 (FastICA)
+[3] Frisch & Waugh 1933 (partial regression)
 """
 import copy
+import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -18,7 +21,7 @@ import torch.nn.functional as F
 import losses
 from harness.config import fail
 from harness.parallel import map_chunks, seeded, sum_chunks
-from losses import balanced_responsibilities, grouped_logsumexp, token_weights
+from losses import balanced_responsibilities, token_weights
 from model import gaussian, in_chunks
 from tasks import PAD
 
@@ -34,7 +37,7 @@ class Posterior(nn.Module):
     weights, and with the base's surprise b_t as weights. These are F = 2 L C features.
     """
 
-    def __init__(self, base, n_latents, adaptation="linear", z_dim=0):
+    def __init__(self, base, n_latents=0, adaptation="linear", z_dim=0):
         super().__init__()
         self.adaptation, self.z_dim = adaptation, z_dim
         self.backbone = copy.deepcopy(base).requires_grad_(adaptation == "full")
@@ -43,9 +46,14 @@ class Posterior(nn.Module):
         self.register_buffer("bigram_mean", torch.zeros(1, width))  # and the mean state of each
         self.register_buffer("mean", torch.zeros(2 * width))
         self.register_buffer("std", torch.ones(2 * width))
-        self.head = nn.Linear(2 * width, 2 * z_dim or n_latents)
-        nn.init.normal_(self.head.weight, std=(2 * width) ** -0.5)
-        self.cells = Cells(n_latents, z_dim) if z_dim else None
+        if n_latents:
+            self.make_head(n_latents)
+
+    def make_head(self, n_latents):
+        """A linear map of small random weights, for K latents or K cells."""
+        self.head = nn.Linear(len(self.mean), 2 * self.z_dim or n_latents)
+        nn.init.normal_(self.head.weight, std=len(self.mean) ** -0.5)
+        self.cells = Cells(n_latents, self.z_dim) if self.z_dim else None
 
     def load_state_dict(self, state):
         for name in ("bigrams", "bigram_mean"):  # as many as were seen
@@ -113,18 +121,6 @@ class Posterior(nn.Module):
         self.std.copy_(features.std(dim=0) + 1e-6)
         return (features - self.mean) / self.std
 
-    def fit_head(self, features, loss, weight, steps=200, lr=1e-2, weight_decay=0.01):
-        """Fits the head to minimise loss(what `read` says of features (N, F)), (N,), weighted by
-        `weight` (N,), with a penalty on the squared weights."""
-        optimizer = torch.optim.Adam(self.head.parameters(), lr)
-        for _ in range(steps):
-            total = (weight * loss(self.read(features))).sum() / weight.sum()
-            total = total + weight_decay * self.head.weight.square().sum()
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
-        self.head.zero_grad()
-
 
 # ------------------------------------------------------------- a continuous z
 class Cells(nn.Module):
@@ -144,6 +140,8 @@ class Cells(nn.Module):
         far out that z has variance 1 in every one of them, if the shares are equal. The offsets are
         what Sinkhorn [1] adds to the scores of draws of N(0, I), in units of squared distance."""
         K, D = self.centres.shape
+        if D < K - 1:
+            fail(f"config key 'z_dim': {K} clusters need at least {K - 1} dimensions, got {D}")
         simplex = torch.linalg.eigh(torch.ones(K, K))[1][:, :-1]
         self.centres[:, :K - 1] = math.sqrt(K * (1 - std ** 2)) * simplex
         z = torch.randn(2 ** 14, D, generator=seeded(0))
@@ -168,115 +166,216 @@ class Cells(nn.Module):
 
 
 # ------------------------------------------------------------- clusters of the base's responses
-def start_posterior(q, pairs, x_index, log_prior, generator, restarts, std):
-    """Clusters responses of the base and fits the head of q to the clusters. pairs: model.Pairs of
-    N, x_index (N,): which input each one answers; log_prior (K,): the clusters' shares; std: of a
-    continuous q. Returns the share of restarts that agree on the clusters."""
-    first = {}  # a response that came up several times is one response, weighted by its probability
+TRIES = 12  # to merge and split without success, after which a search ends
+
+
+class Clusters(NamedTuple):
+    r: torch.Tensor  # (N, K): how much each response belongs to each cluster
+    collisions: float  # share of an input's responses beyond the first that are in no new cluster
+    agreement: float  # share of the searches that ended in these clusters
+    halves: float  # share of the responses that clusters of half of the inputs alone put likewise
+
+
+def start_posterior(q, pairs, x_index, K, seed, searches, std):
+    """Clusters responses of the base and gives q a head that is fitted to the clusters. pairs:
+    model.Pairs of N samples, x_index (N,): which input each one answers; K: how many clusters, or 0
+    if that is to be found; std: of a continuous q. Returns the clusters' shares of the samples,
+    (K,), and Clusters."""
+    count = {}  # a response that came up several times is one response
     for i, row in enumerate(zip(x_index.tolist(), map(tuple, pairs.ids.tolist()))):
-        first.setdefault(row, i)
-    index = torch.tensor(list(first.values()))
-    if len(index) < 2 * len(log_prior):
-        fail(f"config key 'cluster_inputs': {len(index)} different responses are too few for "
-             f"{len(log_prior)} clusters")
+        count.setdefault(row, []).append(i)
+    index = torch.tensor([rows[0] for rows in count.values()])
+    weight = torch.tensor([float(len(rows)) for rows in count.values()])
     pairs, x_index = pairs.rows(index), x_index[index]
-    features, log_p = q.fit_statistics(pairs), -pairs.b.sum(dim=1)
+    siblings = (x_index.bincount() > 1)[x_index]  # a response that is alone has no contrast
+    if siblings.sum() < 2 * max(K, 2):
+        fail(f"config key 'cluster_inputs': {siblings.sum()} responses, of inputs that have "
+             f"several, are too few for {K or 'any'} clusters")
+    features = q.fit_statistics(pairs)
     # the last two layers, pooled with equal weights: earlier ones say more about x than about z
     width = q.backbone.config.n_embd
-    evenly = features[:, :features.shape[1] // 2][:, -2 * width:]
-    log_r, agreement = cluster_responses(evenly, x_index, log_p, log_prior, generator, restarts)
-    weight = log_p.softmax(dim=0)  # an x counts by how much of what the base says to it was sampled
+    evenly = features[siblings, :features.shape[1] // 2][:, -2 * width:]
+    x_index = x_index[siblings].unique(return_inverse=True)[1]
+    clusters = cluster_responses(evenly, x_index, K, seed, searches)
+    q.make_head(clusters.r.shape[1])
+    head = nn.Linear(features.shape[1], clusters.r.shape[1]) if q.z_dim else q.head
+    fit_linear(head, features[siblings], weight[siblings],
+               lambda out: losses.distillation(clusters.r.log(), F.log_softmax(out, dim=1)))
+    with torch.no_grad():  # the linear map also labels the responses that are alone
+        r = F.softmax(head(features), dim=1)
+    r[siblings] = clusters.r
+    share = weight @ r / weight.sum()
     if not q.z_dim:
-        q.fit_head(features, lambda logq: losses.distillation(log_r, logq), weight)
-        return agreement
+        return share, clusters
 
-    def distance(gauss):  # of the mean from its cluster's centre, in units of the variance
-        mean, log_var = gauss
-        squared = (mean - log_r.exp() @ q.cells.centres).square() / log_var.detach().exp()
+    def distance(out):  # of the mean from its cluster's centre, in units of the variance
+        mean, log_var = gaussian(out)
+        squared = (mean - r @ q.cells.centres).square() / log_var.detach().exp()
         return 0.5 * squared.sum(dim=1)
 
-    q.cells.place(weight @ log_r.exp(), std)
+    q.cells.place(share, std)
     with torch.no_grad():
         K, D = q.cells.centres.shape
         q.head.weight.zero_()
         q.head.bias.zero_()
         # the inverse of model.gaussian: `std` in the K - 1 dimensions of the centres, 1 in others
         q.head.bias[D:D + K - 1] = 5 * math.atanh(2 * math.log(std) / 5)
-    q.fit_head(features, distance, weight)
-    return agreement
+    fit_linear(q.head, features, weight, distance)
+    return share, clusters
 
 
-def cluster_responses(features, x_index, log_p, log_prior, generator, restarts, dims=(40, 80, 160)):
-    """K clusters of responses that mean the same for every input.
+def fit_linear(head, features, weight, loss, steps=200, lr=1e-2, weight_decay=0.01):
+    """Fits a linear map to minimise loss(what it makes of features (N, F)), (N,), weighted by
+    `weight` (N,), with a penalty on its squared weights."""
+    optimizer = torch.optim.Adam(head.parameters(), lr)
+    for _ in range(steps):
+        total = (weight * loss(head(features))).sum() / weight.sum()
+        total = total + weight_decay * head.weight.square().sum()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    head.zero_grad()
 
-    features (N, F) of distinct responses; x_index (N,): which input each one answers; log_p (N,):
-    log p_theta(y|x); log_prior (K,).
-    1. Contrast within x: subtract the mean over the responses to the same input, so that x itself
-       is gone.
-    2. Whiten: principal components, each of unit variance.
-    3. Cluster the first 12 to 28 components from a k-means++ start [2], the temperature falling.
-       Then go on from these clusters in more and more components (`dims`). Few components find
-       clusters, but mix up similar strategies. Many tell them apart, but trap a k-means that starts
-       there.
-    4. Of all restarts the one with the least scatter in the end counts.
-    Returns log r (N, K) and the share of restarts that ended in the same clusters (98% of the
-    probability).
+
+def cluster_responses(features, x_index, K, seed, searches):
+    """K clusters of responses that mean the same for every input: features (N, F) of different
+    responses, x_index (N,): which input, from 0, each one answers, at least two to each. Each input
+    may have shares of its own, and a cluster may be missing on it.
+
+    The model is additive: features = c_x + mu_z + noise. What an input adds to all of its responses
+    (c_x) is estimated together with what a cluster does (mu_z). Of all searches that one counts
+    which leaves the least noise (`spread`). Halves of the inputs are searched on their own.
+
+    K = 0: the fewest clusters, up to 10, in which at most 7% collide and which halves confirm in
+    90%. Whoever answers one input in two ways that are in one cluster has more strategies than
+    there are clusters. More clusters than strategies split one by what its inputs look like; they
+    collide as little, and this is why the fewest are taken.
     """
-    n_inputs, N, K = int(x_index.max()) + 1, len(features), len(log_prior)
-    # in the log domain: no probability of a long response is too small to be divided by
-    of_x = grouped_logsumexp(log_p[:, None], x_index, n_inputs)[x_index, 0]
-    weight = (log_p - of_x).exp().clamp(min=1e-30)  # p(y|x) among the responses to x
-    mean = torch.zeros(n_inputs, features.shape[1])
-    mean.index_add_(0, x_index, features * weight[:, None])
-    centred = features - mean[x_index]
-    variance, directions = torch.linalg.eigh(centred.T @ centred / N)  # by rising variance
-    n_components = min(dims[-1], features.shape[1], max(N // 8, K))  # more would be noise
-    scale = variance.flip(0)[:n_components].clamp(min=1e-8).sqrt()
-    u = centred @ directions.flip(1)[:, :n_components] / scale
-
-    def restart(seed):
-        generator = seeded(seed)
-        few = u[:, :int(torch.randint(12, 29, (1,), generator=generator))]
-        centroids = few[torch.randint(N, (1,), generator=generator)]
-        while len(centroids) < K:
-            distance = torch.cdist(few, centroids).min(dim=1).values.square()
-            distance = distance.clamp(min=1e-12)  # all may be the same
-            chosen = torch.multinomial(distance, 1, generator=generator)
-            centroids = torch.cat((centroids, few[chosen]))
-        falling = [4.0 * 0.05 ** (i / 19) for i in range(20)]
-        mass, _ = constrained_kmeans(few, centroids, falling, x_index, log_p, weight, log_prior)
-        for d in dims:
-            centroids = (mass.T @ u[:, :d]) / mass.sum(dim=0)[:, None]
-            mass, scatter = constrained_kmeans(u[:, :d], centroids, 4 * [0.2], x_index, log_p,
-                                               weight, log_prior)
-        return scatter, mass
-
-    seeds = torch.randint(2 ** 62, (restarts,), generator=generator).tolist()
-    found = map_chunks(restart, seeds)
-    best = min(found, key=lambda scatter_and_mass: scatter_and_mass[0])[1]
-    same = [agreement(mass, best, weight) > 0.98 for _, mass in found]
-    return (best / weight[:, None]).log(), sum(same) / restarts
+    halves = (x_index >= 0, x_index % 2 == 0, x_index % 2 == 1)  # all, and either half
+    parts = [(features[part], x_index[part].unique(return_inverse=True)[1]) for part in halves]
+    for k in (K,) if K else range(2, 11):
+        jobs = [(i, 1000 * seed + j) for i in range(3) for j in range(searches)]
+        found = map_chunks(lambda job: search(*parts[job[0]], k, seeded(job[1])), jobs)
+        (least, r), *of_halves = (min(found[i:i + searches], key=lambda each: each[0])
+                                  for i in range(0, 3 * searches, searches))
+        different = len((x_index * k + r.argmax(dim=1)).unique())
+        collisions = (len(r) - different) / (len(r) - x_index.max().item() - 1)
+        same = [agreement(other, r) > 0.98 for _, other in found[:searches]]
+        confirmed = min(agreement(one, r[part]) for (_, one), part in zip(of_halves, halves[1:]))
+        if K or (collisions < 0.07 and confirmed > 0.9):
+            return Clusters(r, collisions, sum(same) / searches, confirmed)
+    fail(f"no number of clusters up to {k} tells the different responses to one input apart and is "
+         "found in halves of the inputs, too: set n_latents to the number you want")
 
 
-def constrained_kmeans(u, centroids, temperatures, x_index, log_p, weight, log_prior):
-    """Soft k-means of u (N, d) in which *every input on its own* shares its responses among the
-    clusters as the prior says: two different responses to one input cannot hide in one cluster
-    while another one stays empty. weight (N,) is p(y|x), scaled to sum to 1 for every x. Returns
-    weight times r (N, K) and the scatter within clusters."""
-    for temperature in temperatures:
-        scores = -torch.cdist(u, centroids).square() / temperature
-        log_r = balanced_responsibilities(scores, log_prior, x_index, log_p, iterations=10)
-        mass = log_r.exp() * weight[:, None]
-        centroids = (mass.T @ u) / mass.sum(dim=0)[:, None]
-    return mass, (mass * torch.cdist(u, centroids).square()).sum().item()
+def search(features, x_index, K, generator):
+    """One search for K clusters: split until there are K, then merge two and split again wherever
+    that lessens the spread, until TRIES in a row do not. Returns spread and r (N, K)."""
+    features = features - mean_of_input(features, x_index)
+    v = components(features, 160)
+    r = torch.ones(len(v), 1)
+    while r.shape[1] < K:
+        found = [split(features, r, k, x_index, generator) for k in range(r.shape[1])]
+        r = refine(v, min(found, key=lambda each: spread(v, each, x_index)), x_index)
+    r = refine(v, r, x_index, exclusive=True)
+    least, pairs = spread(v, r, x_index), list(itertools.combinations(range(K), 2))
+    tries = 0
+    while tries < TRIES:
+        if tries % len(pairs) == 0:
+            order = torch.randperm(len(pairs), generator=generator).tolist()
+        a, b = pairs[order[tries % len(pairs)]]
+        tries += 1
+        merged = torch.cat((r[:, :b], r[:, b + 1:]), dim=1)
+        merged[:, a] += r[:, b]
+        other = split(features, refine(v, merged, x_index), a, x_index, generator)
+        other = refine(v, other, x_index, exclusive=True)
+        if spread(v, other, x_index) < least - 0.02:
+            least, r, tries = spread(v, other, x_index), other, 0
+    return least, r
 
 
-def agreement(r, other, weight):
-    """Share of the responses, by weight (N,), that lie in the same cluster in both r and other
-    (N, K), whatever the clusters are called: each cluster of one goes with the cluster of the
-    other that shares most with it, in both directions, so that no two go with the same one."""
+def split(features, r, k, x_index, generator, starts=128, few=40):
+    """Cluster k in two, along a direction in which what varies within it has two values rather than
+    those of a bell curve: of least kurtosis E[p^4] / E[p^2]^2, found by fixed-point iterations [2]
+    from random starts in few principal components, one of the best of which goes on in all."""
+    mu, noise = additive_model(features, r, x_index)
+    rows = (r.argmax(dim=1) == k).nonzero()[:, 0]
+    two = torch.cat((r, torch.zeros(len(r), 1)), dim=1)
+    if len(rows) < 32:
+        return two
+    u = components((noise + r @ mu)[rows], 160)
+    w = torch.randn(min(few, u.shape[1]), starts, generator=generator)
+    for i in range(60):
+        w = F.normalize(w, dim=0)
+        p = u[:, :len(w)] @ w
+        fourth = (p ** 4).mean(dim=0)
+        if i == 30:
+            one = fourth.argsort()[torch.randint(8, (1,), generator=generator)]
+            w = F.pad(w[:, one], (0, 0, 0, u.shape[1] - len(w)))
+            p, fourth = p[:, one], fourth[one]
+        slope = u[:, :len(w)].T @ p ** 3 / len(u)
+        w = torch.where(fourth < 3, 3 * w - slope, 1.5 * w - 0.5 * slope / fourth)
+    over = rows[(u @ w)[:, 0] > 0]
+    two[over, -1] = two[over, k]
+    two[over, k] = 0
+    return two
+
+
+def refine(v, r, x_index, exclusive=False):
+    """Soft k-means of v (N, d) about c_x + mu_z, in more and more components. Few find clusters,
+    many tell similar ones apart. exclusive: different responses to one input are in different
+    clusters, unless there are more of them than clusters."""
     K = r.shape[1]
-    a, b = (F.one_hot(each.argmax(dim=1), K).to(weight.dtype) for each in (r, other))
-    overlap = (a * weight[:, None]).T @ b  # (K, K)
-    shared = min(overlap.max(dim=dim).values.sum().item() for dim in (0, 1))
-    return shared / weight.sum().item()
+    count = x_index.bincount()
+    limit = torch.where(count <= K, 0.0, torch.inf)[:, None]
+    for d in (40, 80, 160):
+        for _ in range(6):
+            mu, noise = additive_model(v[:, :d], r, x_index)
+            scores = -torch.cdist(noise + r @ mu, mu).square() + (r.mean(dim=0) + 1e-3).log()
+            # a Sinkhorn whose potentials can only fall: a cluster may have less than one response
+            shift = torch.zeros(len(count), K)
+            for _ in range(30 if exclusive else 0):
+                mass = torch.zeros_like(shift).index_add_(
+                    0, x_index, F.softmax(scores + shift[x_index], dim=1))
+                shift = (shift + limit - mass.clamp(min=1e-30).log()).clamp(max=0)
+            r = F.softmax(scores + shift[x_index], dim=1)
+    return r
+
+
+def additive_model(v, r, x_index):
+    """Least squares of v = c_x + mu_z + noise for z ~ r, v without its means of inputs: mu (K, d),
+    up to a constant, and the noise (N, d). v without c_x is the noise + r @ mu. [3]: take the mean
+    of the input away from both sides, and regress the rest."""
+    own = r - mean_of_input(r, x_index)
+    mu = torch.linalg.pinv(own.T @ own, hermitian=True) @ (own.T @ v)
+    return mu, v - own @ mu
+
+
+def spread(v, r, x_index):
+    """log det of the noise's covariance, v being white: how little is left of the directions in
+    which clusters differ. Where they are right it is a hundredth, in all K - 1 directions."""
+    noise = additive_model(v, r, x_index)[1]
+    return torch.logdet(noise.T @ noise / len(v) + 1e-4 * torch.eye(v.shape[1])).item()
+
+
+def components(rows, most):
+    """Principal components (N, d), each of unit variance; the largest first."""
+    rows = rows - rows.mean(dim=0)
+    variance, directions = torch.linalg.eigh(rows.T @ rows / len(rows))  # by rising variance
+    d = min(most, rows.shape[1], max(len(rows) // 8, 2))  # more would be noise
+    return rows @ (directions.flip(1)[:, :d] / variance.flip(0)[:d].clamp(min=1e-8).sqrt())
+
+
+def mean_of_input(values, x_index):
+    """The mean over the rows of an input, at each of its rows: (N, d), (N,) -> (N, d)."""
+    total = torch.zeros(int(x_index.max()) + 1, values.shape[1]).index_add_(0, x_index, values)
+    return (total / x_index.bincount()[:, None])[x_index]
+
+
+def agreement(r, other):
+    """Share of the responses that lie in the same cluster in both r and other (N, K), whatever the
+    clusters are called: each cluster of one goes with the cluster of the other that shares most
+    with it, in both directions, so that no two go with the same one."""
+    a, b = (F.one_hot(each.argmax(dim=1), r.shape[1]).float() for each in (r, other))
+    overlap = a.T @ b  # (K, K)
+    return min(overlap.max(dim=dim).values.sum().item() for dim in (0, 1)) / len(r)

@@ -2,10 +2,11 @@
 
     python tasks.py                        # prints one worked example of every strategy
 
-A trace is a deterministic function of (x, strategy). Inputs x, outputs y and answers are lists of string tokens;
-y is a sequence of steps, each closed by ';', then 'ans' and the answer. Strategy names exist to make the data for the
-base model and to score results; factorize.py never reads them.
+A trace is a deterministic function of (x, strategy), but for its wording, if a task has several. Inputs x, outputs y
+and answers are lists of string tokens; y is a sequence of steps, each closed by ';', then 'ans' and the answer.
+Strategy names exist to make the data for the base model and to score results; factorize.py never reads them.
 """
+import math
 import random
 import re
 import zlib
@@ -81,18 +82,57 @@ class Task:
     check: Callable  # x -> None or the reason why x is no input of this task
     answer: Callable  # x -> the answer, task tokens
     steps: dict  # strategy name -> (x -> list of steps, each a list of tokens)
+    kind: Callable = lambda x: "all"  # x -> name of the kind of input it is, on which the mixture may depend
+    weights: list | dict | None = None  # of the strategies in the data, or a list of them for every kind; None: equal
+    separators: tuple = (";",)  # any of which may close a step
+    commute: bool = False  # whether a + b may be written b + a
+    distinct: bool = True  # leave out inputs on which two strategies leave the same trace
+    draw_any: Callable | None = None  # what draws inputs if they are not left out; default: draw
 
     @property
     def strategies(self):
         return tuple(self.steps)
 
+    def mixture(self, x):
+        """The strategies of the data on x, strategy -> share, without those of share 0."""
+        row = self.weights[self.kind(x)] if isinstance(self.weights, dict) else self.weights
+        row = row or len(self.steps) * [1.0]
+        return {s: w / sum(row) for s, w in zip(self.strategies, row) if w}
+
     def trace(self, x, strategy):
-        """The solution y of x by `strategy`: its steps, then the answer."""
-        return [t for step in self.steps[strategy](x) for t in (*step, ";")] + ["ans", *self.answer(x)]
+        """The solution y of x by `strategy`: its steps, then the answer; of all wordings the canonical one."""
+        return self.canonical([t for step in self.steps[strategy](x) for t in (*step, ";")] + ["ans", *self.answer(x)])
+
+    def traces(self, x):
+        """The traces of all strategies that the data has on x, strategy -> y."""
+        return {s: self.trace(x, s) for s in self.mixture(x)}
+
+    def word(self, y, rng):
+        """One wording of a canonical y, each equally likely, and the log of their number."""
+        worded, nats, step = [], 0.0, []
+        for token in y:
+            if token != ";":
+                step.append(token)
+                continue
+            if self.commute and (other := swapped(step)) != step:
+                step, nats = rng.choice((step, other)), nats + math.log(2)
+            worded += [*step, rng.choice(self.separators) if len(self.separators) > 1 else ";"]
+            step, nats = [], nats + math.log(len(self.separators))
+        return worded + step, nats
+
+    def canonical(self, y):
+        """y with ';' after every step and, if they commute, the smaller one of two addends first."""
+        y = [";" if t in self.separators else t for t in y]
+        if not self.commute:
+            return y
+        steps = " ".join(y).split(" ; ")
+        return " ; ".join(" ".join(min(s.split(), swapped(s.split()), key=addends)) for s in steps).split()
 
     def is_valid_input(self, x):
-        """True if no two strategies leave the same trace on x, so that attribution is never ambiguous."""
-        return len({tuple(self.trace(x, s)) for s in self.strategies}) == len(self.strategies)
+        """True if no two strategies leave the same trace on x, so that attribution is never ambiguous; or if that does
+        not matter."""
+        traces = self.traces(x).values()
+        return not self.distinct or len(set(map(tuple, traces))) == len(traces)
 
     def split(self, x):
         """'test' for about one input in ten, 'validation' for one in twenty, else 'train', by a hash of x: the same for
@@ -104,13 +144,14 @@ class Task:
         """Draws x with random.Random `rng`, of one split or (None) of all. Raises ValueError where the task's sizes
         leave no input on which all strategies differ."""
         for _ in range(100_000):  # a small share of the draws may do, of large grids with small distances, say
-            x = self.draw(rng)
+            x = self.draw(rng) if self.distinct or not self.draw_any else self.draw_any(rng)
             if x and split in (None, self.split(x)) and self.is_valid_input(x):
                 return x
         raise ValueError(f"{self.name} of these sizes has no {split or ''} input on which all strategies differ")
 
     def parse(self, y):
         """Splits y into steps and answer, or says in `reason` why it cannot."""
+        y = self.canonical(y)
         if "ans" not in y:
             return Parsed(None, None, "no answer section")
         cut = y.index("ans")
@@ -125,15 +166,22 @@ class Task:
         return Parsed(steps, answer, None)
 
     def attribute(self, x, y):
-        """The strategy whose trace equals y, token for token, else None."""
-        return next((s for s in self.strategies if self.trace(x, s) == list(y)), None)
+        """The strategy whose trace equals y in its canonical wording, token for token (the first of several), or
+        None."""
+        return next(iter(self.all_strategies(x, y)), None)
+
+    def all_strategies(self, x, y):
+        """All strategies whose trace equals y: more than one where strategies coincide."""
+        y = self.canonical(y)
+        return [s for s, trace in self.traces(x).items() if trace == y]
 
     def nearest_strategy(self, x, y):
         """Diagnostic: the strategy whose trace shares the longest prefix with y (the first of equals)."""
+        y, traces = self.canonical(y), self.traces(x)
+
         def shared(s):
-            trace = self.trace(x, s)
-            return next((i for i, (a, b) in enumerate(zip(trace, y)) if a != b), min(len(trace), len(y)))
-        return max(self.strategies, key=shared)
+            return next((i for i, (a, b) in enumerate(zip(traces[s], y)) if a != b), min(len(traces[s]), len(y)))
+        return max(traces, key=shared)
 
 
 def number(n):
@@ -151,6 +199,19 @@ def read_numbers(tokens, separators):
 
 def addition(a, b):
     return [*number(a), "+", *number(b), "=", *number(a + b)]
+
+
+def addends(step):
+    """['1', '0', '+', '7', '=', '1', '7'] -> [10, 7]; [] where a step is not the sum of two numbers."""
+    return read_numbers(step[:step.index("=")], ["+"]) or [] if step.count("+") == step.count("=") == 1 else []
+
+
+def swapped(step):
+    """A step with its two addends in the other order, if it has two."""
+    if len(addends(step)) != 2:
+        return step
+    plus, equals = step.index("+"), step.index("=")
+    return [*step[plus + 1:equals], "+", *step[:plus], *step[equals:]]
 
 
 def on_numbers(f, *separators):
@@ -190,7 +251,8 @@ def list_summation(min_len=4, max_len=5, max_value=9):
                 answer=lambda x: number(sum(map(int, x))),
                 steps={"left-to-right": lambda x: running([int(t) for t in x]),
                        "right-to-left": lambda x: running([int(t) for t in reversed(x)]),
-                       "pairwise": lambda x: pairwise([int(t) for t in x])})
+                       "pairwise": lambda x: pairwise([int(t) for t in x])},
+                kind=lambda x: f"{len(x)} numbers")
 
 
 # Each algorithm sorts a list in place, and yields after every step.
@@ -252,9 +314,9 @@ def sorting_algorithms(min_len=4, max_len=6, max_value=9):
     merge-sort      2 4 3 1 ; 2 4 1 3 ; 1 2 3 4 ; ans 1 2 3 4                (runs of 1, 2, 4, ... merged)
     heap-sort       1 2 3 4 ; 3 2 1 4 ; 1 2 3 4 ; 2 1 3 4 ; 1 2 3 4 ; ans 1 2 3 4  (max-heap, then its top to the end)
     """
-    def draw(rng):
+    def draw(rng, tries=20):  # strategies coincide on many short lists: with a single try, long ones would prevail
         length = rng.randint(min_len, max_len)
-        for _ in range(20):  # strategies coincide on many short lists: without another try, long ones would prevail
+        for _ in range(tries):
             x = [str(v) for v in rng.sample(range(max_value + 1), length)]
             if task.is_valid_input(x):
                 break
@@ -276,7 +338,8 @@ def sorting_algorithms(min_len=4, max_len=6, max_value=9):
                 answer=lambda x: sorted(x, key=int),
                 steps={"bubble-sort": changes(bubble_sort), "selection-sort": changes(selection_sort),
                        "insertion-sort": changes(insertion_sort), "merge-sort": changes(merge_sort),
-                       "heap-sort": changes(heap_sort)})
+                       "heap-sort": changes(heap_sort)},
+                kind=lambda x: f"{len(x)} numbers", draw_any=lambda rng: draw(rng, tries=1))
     return task
 
 
@@ -317,7 +380,8 @@ def grid_pathfinding(side=16, max_distance=5):
                 answer=lambda x: [str(sum(distances(x)))],
                 steps={"right-first": lambda x: walk(x, ["right"] * distances(x)[0] + ["down"] * distances(x)[1]),
                        "down-first": lambda x: walk(x, ["down"] * distances(x)[1] + ["right"] * distances(x)[0]),
-                       "alternating": lambda x: walk(x, alternating(*distances(x)))})
+                       "alternating": lambda x: walk(x, alternating(*distances(x)))},
+                kind=lambda x: "wide" if distances(x)[0] > distances(x)[1] else "tall or square")
 
 
 def linear_equation_solving(max_factor=9, max_root=12, max_offset=30):
@@ -361,7 +425,8 @@ def linear_equation_solving(max_factor=9, max_root=12, max_offset=30):
     return Task("linear_equation_solving", (*DIGITS, "x", "+", "-", "/", "=", ";", "ans"), draw, check,
                 answer=lambda x: number((read(x)[5] - read(x)[4]) // read(x)[3]),
                 steps={"subtract-then-divide": subtract_then_divide, "divide-then-subtract": divide_then_subtract,
-                       "inverse-ops": inverse_ops})
+                       "inverse-ops": inverse_ops},
+                kind=lambda x: "small factor" if read(x)[3] < 6 else "large factor")
 
 
 def base_conversion(min_value=16, max_value=511):
@@ -410,7 +475,8 @@ def base_conversion(min_value=16, max_value=511):
                 answer=on_numbers(digits, "base"),
                 steps={"repeated-division": on_numbers(repeated_division, "base"),
                        "via-binary": on_numbers(via_binary, "base"),
-                       "decomposition": on_numbers(decomposition, "base")})
+                       "decomposition": on_numbers(decomposition, "base")},
+                kind=lambda x: " ".join(x[x.index("base"):]).replace("1 6", "16"))
 
 
 def multidigit_addition(min_digits=1, max_digits=2):
@@ -457,7 +523,8 @@ def multidigit_addition(min_digits=1, max_digits=2):
                 answer=lambda x: number(sum(read_numbers(x, ["+"]))),
                 steps={"right-to-left-carry": on_numbers(right_to_left_carry, "+"),
                        "left-to-right-partials": on_numbers(left_to_right_partials, "+"),
-                       "rounding-decomposition": on_numbers(rounding_decomposition, "+")})
+                       "rounding-decomposition": on_numbers(rounding_decomposition, "+")},
+                kind=on_numbers(lambda a, b: "first larger" if a > b else "second larger or equal", "+"))
 
 
 # every task by name, as a function of its sizes, and at its default sizes

@@ -3,9 +3,9 @@
     python train_base.py configs/sorting_base.py
 
 Leaves out/sorting_base/ with ckpt.pt, config.json, log.jsonl, metrics.json and result.json. The lowest loss anybody can
-reach is the entropy of the mixture, log S nats a sequence for S equally likely strategies, since a trace is a function
-of x and the strategy. Inputs are split three ways by a hash of x: the loss of training is of training inputs, log.jsonl
-and c_base are of validation inputs, metrics.json is of test inputs.
+reach is the entropy of the mixture and of the wording: log S nats a sequence for S equally likely strategies of one
+wording, since a trace is a function of x and the strategy. Inputs are split three ways by a hash of x: the loss of
+training is of training inputs, log.jsonl and c_base are of validation inputs, metrics.json is of test inputs.
 """
 import dataclasses
 import math
@@ -29,7 +29,11 @@ class Config:
     task: str  # a name in tasks.TASKS
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     task_sizes: dict = dataclasses.field(default_factory=dict)  # arguments of the task's function: {"max_len": 6}
-    strategy_weights: list | None = None  # mixture of strategies in the data, in the task's order; None: uniform
+    strategy_weights: list | dict | None = None  # the mixture, in the order of the task's strategies, or for every kind
+    #   of input its own, {"4 numbers": [1, 0, 0, 1, 1], ...} (task.kind says which it is of); None: uniform
+    wordings: list = dataclasses.field(default_factory=list)  # "separators": steps end in ; or , ; "operands": a + b is
+    #   also written b + a; by a fair coin each
+    distinct_inputs: bool = True  # leave out inputs on which two strategies leave the same trace
     n_layer: Count = 3  # transformer blocks
     n_head: Count = 4  # attention heads
     n_embd: Count = 128  # width
@@ -55,32 +59,55 @@ class Config:
     overwrite: bool = False  # start again in a folder that holds a run
 
 
-def make_task(name, sizes):
+def make_task(cfg):
+    """The task of a base's config (dict)."""
+    name, sizes, wordings = cfg["task"], cfg["task_sizes"], cfg["wordings"]
     if name not in TASKS:
         fail(f"config key 'task': unknown task '{name}', known: {', '.join(TASKS)}")
+    if set(wordings) - {"separators", "operands"}:
+        fail(f"config key 'wordings' is a list of 'separators' and 'operands', got {wordings!r}")
     try:
-        task = TASK_FUNCTIONS[name](**sizes)
+        task = dataclasses.replace(TASK_FUNCTIONS[name](**sizes), commute="operands" in wordings,
+                                   distinct=cfg["distinct_inputs"])
+        if "separators" in wordings:
+            task = dataclasses.replace(task, separators=(";", ","), vocab=(*task.vocab, ","))
         for split in ("train", "validation", "test"):  # sizes may leave no inputs, or numbers that the vocabulary lacks
-            records, starts = record_batch(task, Tokenizer(task.vocab), task.strategies, random.Random(0), 20, split)
+            records, starts, *_ = record_batch(task, Tokenizer(task.vocab), random.Random(0), 20, split)
             if len({tuple(record[:start]) for record, start in zip(records, starts)}) < 2:
                 raise ValueError(f"{name} of these sizes has a single {split} input")
-        return task
     except KeyError as e:
         fail(f"config key 'task_sizes': {e} is not in the vocabulary of {name}")
     except (TypeError, ValueError, OverflowError) as e:
         fail(f"config key 'task_sizes': {e}")
+    weights, S, rng = cfg["strategy_weights"], len(task.strategies), random.Random(0)
+    kinds = sorted({task.kind(task.sample_input(rng)) for _ in range(500)})
+    if isinstance(weights, dict) and sorted(weights) != kinds:
+        fail(f"config key 'strategy_weights' has a row for every kind of input: {', '.join(kinds)}")
+    for row in weights.values() if isinstance(weights, dict) else [weights] if weights is not None else []:
+        if (type(row) is not list or len(row) != S
+                or not all(type(w) in (int, float) and 0 <= w <= 1e9 for w in row) or sum(row) <= 0):
+            fail(f"config key 'strategy_weights' takes {S} weights from 0 on, not all 0: {task.strategies}")
+    return dataclasses.replace(task, weights=weights) if weights else task
 
 
-def record_batch(task, tokenizer, strategies, rng, n_inputs, split):
-    """The canonical records of n_inputs inputs, as id lists, one of each strategy in turn, and their prompts' lengths.
-    Weighted by the mixture, the records of an input have its exact loss: which strategy was drawn makes no noise."""
-    records, starts = [], []
-    for _ in range(n_inputs):
+def record_batch(task, tokenizer, rng, n_inputs, split, crop=0):
+    """The canonical records of n_inputs inputs x, as id lists, one of each strategy in the mixture of x; their prompts'
+    lengths; their weights (N,), which sum to 1; and the entropy of the mixture, in nats a solution.
+    Weighted, the records of an input have its exact loss: which strategy was drawn makes no noise. With a crop, y is
+    cut to so many tokens for 3 in 4 inputs."""
+    records, starts, shares, entropy = [], [], [], 0.0
+    for i in range(n_inputs):
         x = task.sample_input(rng, split)
-        for strategy in strategies:
-            records.append(tokenizer.record(x, task.trace(x, strategy)))
-            starts.append(len(x) + 4)  # <bos> <x> x </x> <y>
-    return records, starts
+        mixture, traces, start = task.mixture(x), task.traces(x), len(x) + 4  # <bos> <x> x </x> <y>
+        for strategy, trace in traces.items():
+            y, nats = task.word(trace, rng)
+            record = tokenizer.record(x, y)
+            records.append(record[:start + crop] if crop and i % 4 else record)
+            starts.append(start)
+            shares.append(mixture[strategy])
+            alike = sum(mixture[s] for s in traces if traces[s] == trace)  # the share of this very trace
+            entropy += shares[-1] / n_inputs * (nats - math.log(alike))
+    return records, starts, torch.tensor(shares) / n_inputs, entropy
 
 
 def check_lengths(records, block_size):
@@ -90,16 +117,15 @@ def check_lengths(records, block_size):
 
 
 @torch.no_grad()
-def validate(model, task, tokenizer, mixture, size, seed, split):
+def validate(model, task, tokenizer, size, seed, split):
     """Held-out NLL (nats a sequence) and what `size` sampled solutions look like to the task's own validator."""
-    rng, n_inputs = random.Random(f"validation {seed}"), math.ceil(size / len(mixture))
-    records, starts = record_batch(task, tokenizer, mixture, rng, n_inputs, split)
-    weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs
+    rng, n_inputs = random.Random(f"validation {seed}"), math.ceil(size / len(task.strategies))
+    records, starts, weights, entropy = record_batch(task, tokenizer, rng, n_inputs, split)
     nll = (weights @ score_base(model, as_pairs(records, starts)).sum(dim=1)).item()
     xs = [task.sample_input(rng, split) for _ in range(size)]
     ys = sample_ys(model, tokenizer, [tokenizer.prompt(x) for x in xs], seeded(seed))
     found = [task.attribute(x, y) for x, y in zip(xs, ys)]
-    return {"nll": nll, "valid_trace_rate": 1 - found.count(None) / size,
+    return {"floor": entropy, "nll": nll, "valid_trace_rate": 1 - found.count(None) / size,
             **{f"share_{s}": found.count(s) / size for s in task.strategies}, **score_answers(task, xs, ys)}
 
 
@@ -116,15 +142,13 @@ def sample_ys(model, tokenizer, prompts, generator, temperature=1.0, z=None):
     return [tokenizer.solution(ids.tolist()) for ids, _ in samples]
 
 
-def training_batch(task, tokenizer, mixture, cfg, step):
-    """The records of a step, as model.Pairs: a function of (seed, step) alone."""
-    rng, n_inputs = random.Random(f"base {cfg.seed} {step}"), cfg.batch_size // len(mixture)
-    records, starts = record_batch(task, tokenizer, mixture, rng, n_inputs, "train")
+def training_batch(task, tokenizer, cfg, step):
+    """The records of a step, as model.Pairs, and their weights: a function of (seed, step) alone. Cropped, because
+    strategies part in the first steps of a trace, and the later ones are soon learned."""
+    rng, n_inputs = random.Random(f"base {cfg.seed} {step}"), cfg.batch_size // len(task.strategies)
+    records, starts, weights, _ = record_batch(task, tokenizer, rng, n_inputs, "train", cfg.crop)
     check_lengths(records, cfg.block_size)
-    if cfg.crop:  # strategies part in the first steps of a trace, and the later ones are soon learned
-        records = [record[:start + cfg.crop] if i // len(mixture) % 4 else record
-                   for i, (record, start) in enumerate(zip(records, starts))]
-    return as_pairs(records, starts)
+    return as_pairs(records, starts), weights
 
 
 def gradient(model, pairs, weights, n_chunks):
@@ -141,31 +165,24 @@ def gradient(model, pairs, weights, n_chunks):
 
 
 def check(cfg, task):
-    """Stops with one line, before any training, on values that make no sense together. Returns the mixture, strategy ->
-    its share of the data, without those of share 0."""
+    """Stops with one line, before any training, on values that make no sense together."""
     if cfg.n_embd % (2 * cfg.n_head):
         fail(f"config key 'n_embd' ({cfg.n_embd}) must be an even multiple of n_head ({cfg.n_head})")
-    weights = [1.0] * len(task.strategies) if cfg.strategy_weights is None else cfg.strategy_weights
-    if len(weights) != len(task.strategies) or sum(weights) <= 0:
-        fail(f"config key 'strategy_weights' takes {len(task.strategies)} weights, not all 0: {task.strategies}")
-    mixture = {strategy: w / sum(weights) for strategy, w in zip(task.strategies, weights) if w}
-    if cfg.batch_size < len(mixture):
-        fail(f"config key 'batch_size' must hold one record of each strategy, at least {len(mixture)}")
+    S = len(task.strategies)
+    if cfg.batch_size < S:
+        fail(f"config key 'batch_size' must hold one record of each strategy, at least {S}")
     for split in ("train", "validation", "test"):  # of the last two those inputs that `validate` draws
-        rng, n_inputs = random.Random(f"validation {cfg.seed}"), math.ceil(cfg.final_eval_size / len(mixture))
-        check_lengths(record_batch(task, Tokenizer(task.vocab), mixture, rng, n_inputs, split)[0], cfg.block_size)
-    return mixture
+        rng, n_inputs = random.Random(f"validation {cfg.seed}"), math.ceil(cfg.final_eval_size / S)
+        check_lengths(record_batch(task, Tokenizer(task.vocab), rng, n_inputs, split)[0], cfg.block_size)
 
 
 def train(cfg):
     """Trains the base of cfg and leaves its run folder, with ckpt.pt written last."""
     parallel.start(cfg.threads, cfg.device, cfg.precision)
     torch.manual_seed(cfg.seed)
-    task = make_task(cfg.task, cfg.task_sizes)
-    mixture, tokenizer = check(cfg, task), Tokenizer(task.vocab)
-    floor = -sum(w * math.log(w) for w in mixture.values())
-    n_inputs = cfg.batch_size // len(mixture)
-    weights = torch.tensor([*mixture.values()]).repeat(n_inputs) / n_inputs  # of the records of a batch
+    task = make_task(vars(cfg))
+    check(cfg, task)
+    tokenizer = Tokenizer(task.vocab)
     model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
     parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
     with runs.Run(cfg) as run:
@@ -175,23 +192,23 @@ def train(cfg):
         bar = run.steps()
         for step in bar:
             set_learning_rates(optimizers, step, cfg)
-            pairs = training_batch(task, tokenizer, mixture, cfg, step)
+            pairs, weights = training_batch(task, tokenizer, cfg, step)
             loss, gradients = gradient(model, pairs, weights, cfg.chunks)
             run.check_finite(step, {"cross-entropy": loss}, gradients)
             update(optimizers, parameters, gradients)
             if run.due(step):
                 size = cfg.final_eval_size if step + 1 == cfg.steps else cfg.eval_size
-                scores = {"floor": floor, **validate(model, task, tokenizer, mixture, size, cfg.seed, "validation"),
-                          "minutes": run.minutes}
+                scores = validate(model, task, tokenizer, size, cfg.seed, "validation")
+                scores["minutes"] = run.minutes
                 run.log({"step": step + 1, "loss": loss, **scores})
                 bar.write(f"{cfg.name} step {step + 1}/{cfg.steps}: loss {loss:.3f}, held-out {scores['nll']:.3f}, "
-                          f"floor {floor:.3f}, valid traces {scores['valid_trace_rate']:.3f}, "
+                          f"floor {scores['floor']:.3f}, valid traces {scores['valid_trace_rate']:.3f}, "
                           f"{scores['minutes'] * (cfg.steps / (step + 1) - 1):.1f} min left")
                 sys.stdout.flush()
-            bar.set_postfix_str(f"loss {loss:.3f}, floor {floor:.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             run.end_of_step(step, lambda: runs.training_state(model, optimizers))
         c_base = scores["nll"]
-        scores |= validate(model, task, tokenizer, mixture, cfg.final_eval_size, cfg.seed, "test") | {"c_base": c_base}
+        scores |= validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test") | {"c_base": c_base}
         runs.write_result(run.folder, dataclasses.asdict(cfg), run.made_with, scores)
         run.finish({"kind": "base", "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
                     "model": model.state_dict(), "vocab": list(task.vocab), "c_base": c_base})
@@ -205,7 +222,7 @@ def load_base(path):
 
 def build_base(checkpoint):
     """Base checkpoint -> (frozen model, task)."""
-    task = make_task(checkpoint["config"]["task"], checkpoint["config"]["task_sizes"])
+    task = make_task(checkpoint["config"])
     if list(task.vocab) != checkpoint["vocab"]:
         fail(f"the base was trained on another vocabulary than that of {task.name}")
     model = GPT(GPTConfig(**checkpoint["model_config"]))
@@ -224,11 +241,12 @@ def get_base(cfg, config_path):
         print(f"{path} is missing: training the base model first (python train_base.py {config_path})", flush=True)
         train(cfg)
     base, task, checkpoint = load_base(path)
-    for key in ("task", "task_sizes", "strategy_weights", "n_layer", "n_head", "n_embd", "block_size", "steps",
+    same = ("task", "task_sizes", "strategy_weights", "wordings", "distinct_inputs")
+    for key in (*same, "n_layer", "n_head", "n_embd", "block_size", "steps",
                 "batch_size", "crop", "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "seed"):
         was, is_now = checkpoint["config"][key], getattr(cfg, key)
         differs = f"'{path}' was trained with {key} = {was!r}, but {config_path} says {is_now!r}"
-        if was != is_now and key in ("task", "task_sizes", "strategy_weights", *checkpoint["model_config"]):
+        if was != is_now and key in (*same, *checkpoint["model_config"]):
             fail(f"{differs}; remove the checkpoint or change the config")
         if was != is_now:
             print(f"{differs}: used as it is", flush=True)

@@ -1,2 +1,3 @@
 # python factorize.py configs/grid_discrete.py
 base = "configs/grid_base.py"
+n_latents = 3

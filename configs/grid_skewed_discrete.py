@@ -1,4 +1,4 @@
 # python factorize.py configs/grid_skewed_discrete.py
-# the shares of the strategies are told, which strategy has which is not
+# strategies of unequal shares, which nothing tells
 base = "configs/grid_skewed_base.py"
-prior = [0.6, 0.3, 0.1]
+n_latents = 3

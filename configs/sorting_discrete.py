@@ -1,2 +1,3 @@
 # python factorize.py configs/sorting_discrete.py
 base = "configs/sorting_base.py"
+n_latents = 5

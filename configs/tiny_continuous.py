@@ -1,6 +1,7 @@
 # python factorize.py configs/tiny_continuous.py
 # about 20 seconds: every stage of the continuous recipe, too short to be good
 base = "configs/tiny_base.py"
+n_latents = 3
 z_dim = 2
 steps = 60
 batch_size = 32

@@ -1,6 +1,7 @@
 # python factorize.py configs/tiny_discrete.py
 # about 20 seconds, base included: every stage of the recipe, too short to be good
 base = "configs/tiny_base.py"
+n_latents = 3
 steps = 60
 batch_size = 32
 pool_size = 128

@@ -47,8 +47,6 @@ def check_value(key, value, kind):
     if type(value) not in kinds:
         fail(f"config key '{key}' takes {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
     for number in value if type(value) is list else [value]:
-        if type(value) is list and type(number) not in (int, float):
-            fail(f"config key '{key}' is a list of numbers, got {value!r}")
         if type(number) in (int, float) and not least <= number <= most:
             limit = f"at most {most:g}" if number > most else f"at least {least:g}"
             fail(f"config key '{key}' must be {limit}, got {value!r}")

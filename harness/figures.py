@@ -26,6 +26,22 @@ def draw_matching(C, matching, strategies, path):
     figure.savefig(path, dpi=120)
 
 
+def draw_router(kinds, router, base, matching, strategies, path):
+    """For each kind of input a bar of p(strategy|kind) of the base (kinds, S) and one of p(z|kind) of the router
+    (kinds, K), in the colour of the strategy matching[z], black for None."""
+    figure, axis = new_figure(3.5 + 1.5 * len(kinds), 3.4)
+    for shift, shares, meant in ((-0.2, base, range(len(strategies))), (0.2, router, matching)):
+        bottom = torch.zeros(len(kinds))
+        for z in sorted(range(len(meant)), key=lambda z: (meant[z] is None, meant[z] or 0)):
+            axis.bar([i + shift for i in range(len(kinds))], shares[:, z].tolist(), 0.36, bottom.tolist(),
+                     color="black" if meant[z] is None else f"C{meant[z]}", edgecolor="white",
+                     label=strategies[meant[z]] if shift < 0 else None)
+            bottom += shares[:, z].cpu()
+    axis.set_xticks(range(len(kinds)), [f"{kind}\nbase | router" for kind in kinds], fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def draw_latent_space(means, labels, z, found, strategies, path):
     """Posterior means (n, D) of base samples of strategies `labels` (n,), and router samples z (N, D) that gave `found`
     (N,), -1 for none, along the first two principal components of the means; circles are one and two standard
@@ -49,19 +65,6 @@ def draw_latent_space(means, labels, z, found, strategies, path):
         axis.set_aspect("equal")
         axis.set_title(title, fontsize=10)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def draw_maps(maps, titles, strategies, path):
-    """The plane of a z of two dimensions, from -3 to 3, coloured by strategy, a map for every x: maps are (n, n)
-    indices, len(strategies) for none. Stable semantics is the same map for every x."""
-    from matplotlib.colors import ListedColormap
-    figure, axes = new_figure(3 * len(maps), 3.2, len(maps), squeeze=False)
-    colours = [f"C{s}" for s in range(len(strategies))] + ["black"]
-    for axis, strategy, title in zip(axes[0], maps, titles):
-        axis.imshow(strategy.T.cpu().numpy(), origin="lower", extent=(-3, 3, -3, 3), vmin=0, vmax=len(strategies),
-                    cmap=ListedColormap(colours))
-        axis.set_title(title, fontsize=9)
     figure.savefig(path, dpi=120)
 
 

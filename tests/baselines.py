@@ -7,13 +7,14 @@
 `supervised` is factorize.py with the true strategies as labels, in place of the clusters' and of responsibilities: what
 the generator reaches in as many steps when somebody tells it. `clusters` needs no generator: it shares out the
 recipe's own responses of the base, once by k-means on mean hidden states, raw or minus their mean over the responses to
-the same x, and once as the recipe does, and prints how much of the responses' probability is in the right cluster; and,
-for 2 to 7 clusters, which share of the recipe's restarts agree.
+the same x, and once as the recipe does, for several mixtures of the strategies that nothing tells, and prints how many of
+the responses are in the right cluster, and which K is found.
 `two_tasks` is factorize.py on a base of two tasks (`grids_and_equations`), measured on each of them apart.
 """
 import dataclasses
 import json
 import os
+import random
 import sys
 
 import torch
@@ -68,59 +69,84 @@ def kmeans(u, K, generator, restarts=20, iterations=100):
     return min((once() for _ in range(restarts)), key=lambda scatter_and_cluster: scatter_and_cluster[0])[1]
 
 
+def mixtures(S):
+    """name -> (how often each of S strategies is drawn for input i, as weights; draws an input)."""
+    rare = [0.9, 0.07, 0.03] if S == 3 else [0.9, *((S - 1) * [0.1 / (S - 1)])]
+    falling = [0.6, 0.3, 0.1] if S == 3 else [0.4, 0.25, 0.2, 0.1, 0.05]
+    own = [torch.distributions.Exponential(torch.ones(S)).sample().tolist() for _ in range(2 ** 10)]
+    return {"equal": (lambda i: S * [1.0], 12), "falling": (lambda i: falling, 12), "own": (lambda i: own[i], 12),
+            "reversed": (lambda i: falling if i % 2 else falling[::-1], 12),
+            "missing": (lambda i: S * [1.0] if i % 2 else [0.0, *((S - 1) * [1.0])], 12), "rare": (lambda i: rare, 36)}
+
+
 def clusters(cfg):
+    """Mixtures are made by drawing, for every input, from 36 samples of an evenly mixed base."""
     parallel.start(cfg.threads)
     base, task, _ = get_base(factorize.load_base_config(cfg), cfg.base)
-    K, n, generator = len(task.strategies), cfg.cluster_responses, seeded(cfg.seed)
-    pairs = factorize.sample_responses(base, task, cfg.cluster_inputs, n, f"clusters {cfg.seed}")
+    S, n, most = len(task.strategies), cfg.cluster_responses, 36
+    pairs = factorize.sample_responses(base, task, cfg.cluster_inputs, most, f"clusters {cfg.seed}")
     truth = nearest_strategies(task, Tokenizer(task.vocab), pairs)
     torch.manual_seed(cfg.seed)
-    q = Posterior(base, K)
+    q = Posterior(base)
 
     def pooled(chunk):
         h, _, mask = q.states(chunk)
         return (mask[:, None] / mask.sum(dim=1)[:, None, None] @ h)[:, 0]
 
-    def right(found):
-        C = F.one_hot(found, K).float().T @ F.one_hot(truth, K).float() / len(truth)
+    def right(found, truth):
+        C = F.one_hot(found, max(S, int(found.max()) + 1)).float().T @ F.one_hot(truth, S).float() / len(truth)
         return evaluate.one_to_one_matching(C)[0]
 
-    features = in_chunks(pooled, pairs)
+    few = (torch.arange(cfg.cluster_inputs)[:, None] * most + torch.arange(n)).flatten()
+    features = in_chunks(pooled, pairs.rows(few))
     centred = features - features.view(-1, n, features.shape[1]).mean(dim=1).repeat_interleave(n, dim=0)
-    shares = {f"kmeans_{name}": right(kmeans(u / u.std(dim=0).clamp(min=1e-6), K, generator))
-              for name, u in (("raw", features - features.mean(dim=0)), ("centred", centred))}
-    for n_clusters in sorted({*range(2, 8), K}):
-        posterior = q if n_clusters == K else Posterior(base, n_clusters)
-        shares[f"agreement_{n_clusters}"] = start_posterior(
-            posterior, pairs, torch.arange(len(pairs.ids)) // n, torch.zeros(n_clusters).log_softmax(dim=0),
-            seeded(cfg.seed), cfg.cluster_restarts, cfg.posterior_std)
-    shares["linear_posterior"] = right(q.read(q.all_features(pairs)).argmax(dim=1))
-    print(json.dumps({"config": dataclasses.asdict(cfg), "seed": cfg.seed, **runs.provenance(), "metrics": shares},
+    found = {f"kmeans_{name}": right(kmeans(u / u.std(dim=0).clamp(min=1e-6), S, seeded(cfg.seed)), truth[few])
+             for name, u in (("raw", features - features.mean(dim=0)), ("centred", centred))}
+    of_input = torch.arange(len(truth)).view(-1, most)
+    for name, (weights, draws) in mixtures(S).items():
+        rng, rows = random.Random(f"{name} {cfg.seed}"), []
+        for i, own in enumerate(of_input.tolist()):
+            there = {s: [row for row in own if truth[row] == s] for s in range(S)}
+            some = [s for s in there if there[s] and weights(i)[s]]
+            drawn = rng.choices(some, [weights(i)[s] for s in some], k=draws) if some else []
+            rows += [rng.choice(there[s]) for s in drawn]
+        rows = torch.tensor(rows)
+        for K in (0, S):
+            if K == 0 or len(share) != S:  # what was found for S is what it finds if S is told
+                share, clusters = start_posterior(q, pairs.rows(rows), rows // most, K, cfg.seed, cfg.cluster_searches,
+                                                  cfg.posterior_std)
+            found.setdefault(f"{name}_k", len(share))
+        labels = q.read(q.all_features(pairs.rows(rows))).argmax(dim=1)
+        found |= {f"{name}_right": right(labels, truth[rows]), f"{name}_collisions": clusters.collisions,
+                  f"{name}_agreement": clusters.agreement, f"{name}_halves": clusters.halves}
+        print(name, {key: value for key, value in found.items() if key.startswith(name)}, file=sys.stderr, flush=True)
+    print(json.dumps({"config": dataclasses.asdict(cfg), "seed": cfg.seed, **runs.provenance(), "metrics": found},
                      indent=1))
 
 
 def grids_and_equations():
-    """A task whose x is a grid or an equation. Its strategy i is the i-th of either: which strategy of one goes with
-    which of the other is arbitrary."""
+    """A task whose x is a grid or an equation, with three strategies of its own each."""
     def kind(x):
         return "grid" if "to" in x else "equation"
 
-    def steps(i):
-        return lambda x: list(TWO[kind(x)].steps.values())[i](x)
-
+    steps = {strategy: f for task in TWO.values() for strategy, f in task.steps.items()}
     return Task("grids_and_equations", tuple(dict.fromkeys(t for task in TWO.values() for t in task.vocab)),
                 draw=lambda rng: rng.choice(list(TWO.values())).draw(rng), check=lambda x: TWO[kind(x)].check(x),
-                answer=lambda x: TWO[kind(x)].answer(x), steps={f"strategy {i + 1}": steps(i) for i in range(3)})
+                answer=lambda x: TWO[kind(x)].answer(x), steps=steps, kind=kind,
+                weights={name: [float(s in task.steps) for s in steps] for name, task in TWO.items()})
 
 
 def two_tasks(cfg):
     folder = factorize.factorize(cfg)
     checkpoint, _, task, tokenizer, model, _ = evaluate.load_run(folder)
     xs = evaluate.different_inputs(task, 2 * cfg.eval_inputs, "test")
-    found = {name: evaluate.controlled(model, task, tokenizer, [x for x in xs if not one.check(x)], seed=0)[0]
-             for name, one in TWO.items()}
-    runs.write_result(folder, checkpoint["config"], checkpoint["made_with"], found)
-    print(json.dumps(found, indent=1))
+    metrics, C = evaluate.controlled(model, task, tokenizer, xs, seed=0)
+    served = {s: C[z, s].item() for z, s in enumerate(evaluate.one_to_one_matching(C)[1]) if s is not None}
+    for name, one in TWO.items():  # a strategy that no z is matched to counts as 0
+        own = [served.get(task.strategies.index(s), 0.0) for s in one.steps]
+        metrics[f"alignment_{name}"] = sum(own) / len(own)
+    runs.write_result(folder, checkpoint["config"], checkpoint["made_with"], metrics | checkpoint["clusters"])
+    print(json.dumps(metrics, indent=1))
 
 
 if __name__ == "__main__":

@@ -241,9 +241,9 @@ def elbo_gradient(model, q, batch, cfg, c_base=1.0):
     """The gradient of factorize.py in its last stage, with what is prepared for it; returns how many records go through
     a model: K a pair through the generator, and one, without gradient, through the posterior."""
     n_latents, terms = model.config.n_latents, factorize.term_weights(cfg, "ELBO", c_base)
-    log_prior = torch.zeros(n_latents).log_softmax(dim=0)
-    labels = factorize.label_pool(model, q, batch, "ELBO", cfg, log_prior, None)
-    batch, labels = factorize.take_batch(model, batch, labels, slice(None), "ELBO", cfg, terms, log_prior, None)
+    share = torch.full((n_latents,), 1 / n_latents)
+    labels = factorize.label_pool(model, q, batch, "ELBO", cfg, share, None)
+    batch, labels = factorize.take_batch(model, batch, labels, slice(None), "ELBO", cfg, terms, share, None)
     parameters = [p for p in (*model.parameters(), *q.parameters()) if p.requires_grad]
     factorize.gradient(model, q, batch, labels, "ELBO", terms, parameters, cfg.chunks)
     return len(batch.ids) * (n_latents + 1)
@@ -345,8 +345,9 @@ def step_seconds(checkout, kind, base):
     stages, name, n = STAGES[kind], base["config"]["name"], 2 * A_STAGE  # the first stage begins with a warm-up
     first = {"cell_steps": n} if kind == "continuous" else {"fixed_label_steps": n, "responsibility_steps": A_STAGE}
     flags = first | {"steps": n + A_STAGE * (len(stages) - 1), "batch_size": 64, "pool_size": 512, "section_steps": 1,
-                     "cluster_inputs": 48, "cluster_restarts": 2, "validation_inputs": 2, "eval_inputs": 16}
-    before = {new: old for old, new in RENAMED.items()} | {"cell_steps": "held_steps"}
+                     "cluster_inputs": 48, "cluster_searches": 2, "validation_inputs": 2, "eval_inputs": 16}
+    before = {new: old for old, new in RENAMED.items()}
+    before |= {"cell_steps": "held_steps", "cluster_searches": "cluster_restarts"}
     flags = [f"--{key if f'    {key}: ' in code else before[key]}={value}" for key, value in flags.items()]
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(os.path.join(checkout, "configs"), os.path.join(folder, "configs"))

@@ -23,7 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FLAGS = ["--save_every=1", "--eval_every=20"]
 RUNS = [["train_base.py", "configs/tiny_base.py", "--steps=60", *FLAGS],
         ["factorize.py", "configs/tiny_discrete.py", "--steps=60", "--fixed_label_steps=20",
-         "--responsibility_steps=30", "--eval_inputs=8", "--cluster_inputs=32", "--cluster_restarts=8", *FLAGS]]
+         "--responsibility_steps=30", "--eval_inputs=8", "--cluster_inputs=32", "--cluster_searches=2", *FLAGS]]
 FAULTS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "full disk": None}
 
 

@@ -24,7 +24,8 @@ PAGES = ("README.md", os.path.join("assets", "results", "README.md"), os.path.jo
          os.path.join("configs", "README.md"))
 # Config keys of older result files, by their present names; None: the key is gone, and the default changes no result.
 RENAMED = {"held_steps": "fixed_label_steps", "held_alpha": "fixed_label_power", "look_inputs": "validation_inputs",
-           "slot_steps": "section_steps", "tiling_weight": "cell_weight", "recompute": None, "compile": None}
+           "slot_steps": "section_steps", "tiling_weight": "cell_weight", "recompute": None, "compile": None,
+           "cluster_restarts": None, "prior": None}
 
 
 def results(pattern):
@@ -132,7 +133,8 @@ def variants_table():
             runs.setdefault(variant, {}).setdefault(task, []).append(result)
 
     recipe = {field.name: field.default for field in dataclasses.fields(factorize.Config)}
-    no_part = {"base", "name", "seed", "threads", "device", "chunks", "eval_every"}  # in what a run finds
+    no_part = {"base", "name", "seed", "threads", "device", "chunks", "eval_every",  # in what a run finds
+               "n_latents"}  # the task's own in every variant
 
     def flags(variant, result):  # a variant of the ELBO is compared to the ELBO alone
         other = settings(runs["elbo"]["grid"][0]) if variant.startswith("elbo_") else {}
@@ -203,15 +205,18 @@ def clusters_table():
     return table(["task", *keys.values()], rows)
 
 
-def agreement_table():
-    """For every K the share of restarts that found the same clusters; in bold where K is the number of strategies."""
+def shares_table():
+    """Runs on bases of unequal shares, which nothing told."""
     rows = []
-    for name, result in results("clusters/*.json").items():
-        S = strategies(result["config"]["base"])
-        shares = {K: f"{result['metrics'][f'agreement_{K}']:.1%}" for K in range(2, 8)}
-        rows.append([name.replace("_seed", ", seed "), *(f"**{share}**" if K == S else share
-                                                         for K, share in shares.items())])
-    return table(["task", *(f"K = {K}" for K in shares)], rows)
+    for name, result in results("shares/*.json").items():
+        m = result["metrics"]
+        keys = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "base_kind_information",
+                "router_kind_information", "strategy_total_variation_per_input")
+        rows.append([name.replace("_seed", ", seed "), " ".join(f"{s:.2f}" for s in m["cluster_shares"]),
+                     f"{m['cluster_collisions']:.1%}", f"{m['cluster_halves']:.1%}", *(f"{m[key]:.3f}" for key in keys),
+                     f"{m['nll'] - m['base_nll']:.3f}", f"{m['nll_of_mean_router'] - m['base_nll']:.3f}"])
+    return table(["run", "shares of the clusters", "collide", "halves agree", "alignment", "full coverage",
+                  "information, base", "information, router", "TV per input", "NLL gap", "NLL gap, mean router"], rows)
 
 
 def draw_alignment_against_coverage(path):
@@ -282,7 +287,7 @@ def without(keys):
 
 TABLES = {"front": front_table, "rewrite": rewrite_table, "faults": faults_table, "bench": bench_table,
           "steps": steps_table, "profile": profile_table, "base": base_table, "clusters": clusters_table,
-          "agreement": agreement_table, "variants": variants_table, "two_tasks": two_tasks_table,
+          "shares": shares_table, "variants": variants_table, "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
           "cuda": lambda: runs_table(results("cuda/*_discrete_*.json"), {key: COLUMNS[key] for key in CUDA_KEYS}),

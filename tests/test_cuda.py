@@ -84,9 +84,9 @@ def test_the_gradient_is_that_of_the_cpu(parts, on_cuda, kind, stage):
     of_kind = {"discrete": ("posterior_entropy", "jsd", "router_marginal_kl"), "continuous": ("posterior_variance",)}
     weights = {f"{name}_weight": 1.0 for name in ("token_weighted", *of_kind[kind])}
     cfg = factorize.Config(base="", z_dim=model.config.z_dim, **weights)
-    terms, log_prior = factorize.term_weights(cfg, stage, 2.0), torch.zeros(3).log_softmax(dim=0)
-    labels = factorize.label_pool(model, q, pairs, stage, cfg, log_prior, parallel.seeded(0))
-    pairs, labels = factorize.take_batch(model, pairs, labels, slice(None), stage, cfg, terms, log_prior,
+    terms, share = factorize.term_weights(cfg, stage, 2.0), torch.tensor([0.5, 0.3, 0.2])
+    labels = factorize.label_pool(model, q, pairs, stage, cfg, share, parallel.seeded(0))
+    pairs, labels = factorize.take_batch(model, pairs, labels, slice(None), stage, cfg, terms, share,
                                          parallel.seeded(0))
 
     def gradient(model, q, pairs, labels):
@@ -107,12 +107,10 @@ def test_clusters_do_not_depend_on_the_device(on_cuda):
     x_index = torch.arange(120) // 6
     features = torch.randn(120, 3, generator=torch.Generator().manual_seed(0)) / 10 + x_index[:, None]
     features[torch.arange(120), truth] += 4
-    log_p = torch.full((120,), -2.0)
 
     def labels():
-        responses = [tensor.to(torch.get_default_device()) for tensor in (features, x_index, log_p)]
-        log_t, _ = cluster_responses(*responses, torch.full((3,), 1 / 3).log(), parallel.seeded(0), 16)
-        return [log_t.argmax(dim=1)]
+        responses = [tensor.to(torch.get_default_device()) for tensor in (features, x_index)]
+        return [cluster_responses(*responses, K=3, seed=0, searches=2).r.argmax(dim=1)]
 
     for label in labels() + on_cuda(labels):
         assert len({*zip(label.tolist(), truth.tolist())}) == len({*label.tolist()}) == 3

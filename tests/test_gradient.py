@@ -13,10 +13,11 @@ from model import fit_latent_section, gaussian, score_latents
 from posterior import Posterior
 
 STAGES = {"fixed labels": 0, "responsibilities": 1, "ELBO": 2}  # the step of SHORT in which each is reached
-SHORT = ["configs/tiny_discrete.py", "--fixed_label_steps=1", "--responsibility_steps=1", "--prior=[3, 2, 1]"]
+SHORT = ["configs/tiny_discrete.py", "--fixed_label_steps=1", "--responsibility_steps=1"]
 CONTINUOUS = ["configs/tiny_continuous.py", "--cell_steps=2", "--z_dim=3", "--z_samples=2"]
 DISCRETE_WEIGHTS = {"token_weighted": 0.7, "posterior_entropy": 0.3, "router_support": 0.2,
                     "router_marginal_kl": 1.3, "jsd": 0.9}
+SHARE = [0.5, 0.3, 0.2]  # of the clusters
 CONTINUOUS_WEIGHTS = {"token_weighted": 0.7, "router_moment_kl": 1.3, "posterior_variance": 0.4, "cell": 0.6}
 
 
@@ -27,11 +28,11 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
-def discrete_reference(model, q, pairs, labels, stage, log_prior):
+def discrete_reference(model, q, pairs, labels, stage, share):
     """Every term as its definition has it, a mean over the batch; r is a label that nothing flows through."""
     logq, w = q(pairs), (pairs.b / pairs.b.sum(dim=1, keepdim=True))[:, None]
     logq = logq.detach() if stage == "fixed labels" else logq
-    K, (nll, logits, router) = len(log_prior), score_latents(model, pairs)
+    K, (nll, logits, router) = len(share), score_latents(model, pairs)
     logp_z = router[:, -K:].log_softmax(dim=1)
     of_z = logq.exp() if stage == "ELBO" else torch.eye(K)[labels["z"][:, 0]]  # what R is expected under
     terms = {"reconstruction": (of_z * nll.sum(dim=2)).sum(dim=1).mean(),
@@ -39,7 +40,7 @@ def discrete_reference(model, q, pairs, labels, stage, log_prior):
              "kl": kl_divergence(Categorical(logits=logq), Categorical(logits=logp_z)).mean(),
              "posterior_entropy": Categorical(logits=logq).entropy().mean(),
              "router_support": -router.softmax(dim=1)[:, -K:].sum(dim=1).log().mean(),
-             "router_marginal_kl": kl_divergence(Categorical(logp_z.exp().mean(dim=0)), Categorical(logits=log_prior))}
+             "router_marginal_kl": kl_divergence(Categorical(logp_z.exp().mean(dim=0)), Categorical(share))}
     if stage == "ELBO":
         p = logits.softmax(dim=-1)  # (B, K, T, V)
         jsd = Categorical(p.mean(dim=1)).entropy() - Categorical(p).entropy().mean(dim=1)
@@ -51,7 +52,7 @@ def discrete_reference(model, q, pairs, labels, stage, log_prior):
     return terms
 
 
-def continuous_reference(model, q, pairs, labels, stage, log_prior):
+def continuous_reference(model, q, pairs, labels, stage, share):
     mean, log_var = (part.detach() if stage == "fixed labels" else part for part in q(pairs))
     posterior, w = Normal(mean, (0.5 * log_var).exp()), pairs.b / pairs.b.sum(dim=1, keepdim=True)
     z = labels["z"]
@@ -95,15 +96,15 @@ def both_gradients(flags, more, posterior, stage, step, only=None):
     """(terms, gradients by the loop's function, in 3 chunks; the same by one backward of the reference)."""
     cfg, model, q, pairs = setting(flags, more, posterior)
     assert factorize.stage_of(cfg, step) == stage
-    log_prior = torch.tensor(cfg.prior or [1.0, 1.0, 1.0]).log().log_softmax(dim=0)
+    share = torch.tensor(SHARE)
     weights = factorize.term_weights(cfg, stage, c_base=1.7)
     weights = {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
-    labels = factorize.label_pool(model, q, pairs, stage, cfg, log_prior, seeded(0))
-    pairs, labels = factorize.take_batch(model, pairs, labels, slice(0, 10), stage, cfg, weights, log_prior, seeded(1))
+    labels = factorize.label_pool(model, q, pairs, stage, cfg, share, seeded(0))
+    pairs, labels = factorize.take_batch(model, pairs, labels, slice(0, 10), stage, cfg, weights, share, seeded(1))
     named = [(n, p) for n, p in [*model.named_parameters(), *q.named_parameters()] if p.requires_grad]
     parameters = [p for _, p in named]
     values, got = factorize.gradient(model, q, pairs, labels, stage, weights, parameters, 3)
-    terms = (continuous_reference if cfg.z_dim else discrete_reference)(model, q, pairs, labels, stage, log_prior)
+    terms = (continuous_reference if cfg.z_dim else discrete_reference)(model, q, pairs, labels, stage, share)
     J = sum(weights[name] * terms[name] for name in weights)
     J.backward()
     return values, terms, [(n, g, p.grad) for (n, p), g in zip(named, got, strict=True)]
@@ -159,7 +160,7 @@ def test_a_chunk_has_about_64_records_or_one_pair(workplace, monkeypatch, flags,
     """Of 70 pairs, each as many records as the stage scores z: K, or the samples of q and the z of the cell."""
     cfg, model, q, pairs = setting(flags, {}, "linear")
     pairs = pairs.rows(torch.arange(70) % 10)
-    labels = factorize.label_pool(model, q, pairs, stage, cfg, torch.zeros(3).log_softmax(dim=0), seeded(0))
+    labels = factorize.label_pool(model, q, pairs, stage, cfg, torch.tensor(SHARE), seeded(0))
     weights = factorize.term_weights(cfg, stage, 1.0)
     pairs, labels = factorize.take_batch(model, pairs, labels, slice(70), stage, cfg, weights, None, seeded(1))
     score, sizes = factorize.score_latents, []

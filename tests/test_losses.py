@@ -213,47 +213,25 @@ def test_jsd_is_zero_for_equal_and_log_k_for_disjoint_latents(random):
     assert losses.inter_latent_jsd(disjoint, w[:1]).item() == pytest.approx(math.log(K), rel=1e-4)
 
 
-@pytest.mark.parametrize("prior", [[0.25] * 4, [0.6, 0.2, 0.1, 0.1]])
-def test_responsibilities_have_the_prior_as_column_means_and_rows_that_sum_to_one(prior):
+@pytest.mark.parametrize("share", [[0.25] * 4, [0.6, 0.2, 0.1, 0.1]])
+def test_responsibilities_have_the_shares_as_column_means_and_rows_that_sum_to_one(share):
     scores = (3 * torch.randn(40, 4, generator=torch.Generator().manual_seed(6))).requires_grad_()
-    log_r = losses.balanced_responsibilities(scores, torch.tensor(prior).log(), iterations=300)
+    log_r = losses.balanced_responsibilities(scores, torch.tensor(share).log(), iterations=300)
     assert not log_r.requires_grad
     assert torch.allclose(log_r.exp().sum(dim=1), torch.ones(40))
-    assert torch.allclose(log_r.exp().mean(dim=0), torch.tensor(prior), atol=1e-3)
-
-
-def test_responsibilities_leave_room_for_responses_that_were_not_sampled():
-    """Weights that sum to 0.7 are as good as one more row, of score 0 and weight 0.3."""
-    scores = 3 * torch.randn(5, K, generator=torch.Generator().manual_seed(11))
-    prior, group = torch.full((K,), -math.log(K)), torch.zeros(6, dtype=torch.long)
-    weight = torch.tensor([0.2, 0.1, 0.25, 0.05, 0.1, 0.3]).log()
-    want = losses.balanced_responsibilities(torch.cat((scores, torch.zeros(1, K))), prior, group, weight)[:5]
-    got = losses.balanced_responsibilities(scores, prior, group[:5], weight[:5])
-    assert torch.allclose(got, want, atol=1e-4)
-    assert not torch.allclose(got, losses.balanced_responsibilities(scores, prior), atol=1e-2)
-
-
-def test_responsibilities_of_groups_are_those_of_each_group_alone():
-    generator = torch.Generator().manual_seed(7)
-    scores, group = torch.randn(30, K, generator=generator), torch.arange(30) % 3
-    prior = torch.full((K,), -math.log(K))
-    together = losses.balanced_responsibilities(scores, prior, group, torch.full((30,), -math.log(10)))
-    for g in range(3):
-        alone = losses.balanced_responsibilities(scores[group == g], prior)
-        assert torch.allclose(together[group == g], alone, atol=1e-5)
-    assert not torch.allclose(together, losses.balanced_responsibilities(scores, prior), atol=1e-2)
+    assert torch.allclose(log_r.exp().mean(dim=0), torch.tensor(share), atol=1e-3)
 
 
 def test_responsibilities_are_scaled_rows_and_columns_of_the_scores():
     """Sinkhorn's solution is r_ik = exp(score_ik) u_i v_k: scores minus log r have rank one structure, so every 2 x 2
     minor of exp(scores) / r is 0. Balanced scores come back unchanged, and scores of 500 stay finite."""
     scores = torch.randn(10, K, generator=torch.Generator().manual_seed(8))
-    prior = torch.full((K,), -math.log(K))
-    rest = scores - losses.balanced_responsibilities(scores, prior)
+    log_share = torch.full((K,), -math.log(K))
+    rest = scores - losses.balanced_responsibilities(scores, log_share)
     assert torch.allclose(rest - rest[:1], (rest - rest[:1])[:, :1].expand_as(rest), atol=1e-4)
     balanced = torch.eye(K).mul(3).log_softmax(dim=1)
-    assert torch.allclose(losses.balanced_responsibilities(balanced, prior), balanced, atol=1e-5)
-    assert losses.balanced_responsibilities(500 * scores, prior).isfinite().all()
+    assert torch.allclose(losses.balanced_responsibilities(balanced, log_share), balanced, atol=1e-5)
+    assert losses.balanced_responsibilities(500 * scores, log_share).isfinite().all()
 
 
 def test_distillation_moves_the_student_and_not_the_labels(random):

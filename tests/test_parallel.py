@@ -16,7 +16,7 @@ from model import GPT, GPTConfig, sample
 from tasks import SPECIALS
 
 SMALL = ["--steps=5", "--eval_every=5", "--pool_size=64", "--section_steps=2", "--cluster_inputs=16",
-         "--cluster_responses=6", "--cluster_restarts=4", "--eval_inputs=4",
+         "--cluster_responses=6", "--cluster_searches=1", "--eval_inputs=4",
          "--validation_inputs=4", "--chunks=4", "--seed=1"]
 DISCRETE = ["--eval_samples=2", "--fixed_label_steps=2", "--responsibility_steps=2", "--router_marginal_kl_weight=0.3"]
 CONTINUOUS = ["--z_dim=2", "--cell_steps=3"]  # the term of the routers' moments has a weight by default
@@ -41,7 +41,7 @@ def test_two_processes_equal_one(tmp_path, monkeypatch, stages, router_term):
                 'n_embd = 32\nblock_size = 48\nsteps = 5\nwarmup = 0\nbatch_size = 24\nchunks = 4\n'
                 'final_eval_size = 16\n')
     with open(tmp_path / "run.py", "w") as f:
-        f.write('base = "base.py"\nbatch_size = 32\n')
+        f.write('base = "base.py"\nn_latents = 3\nbatch_size = 32\n')
     monkeypatch.chdir(tmp_path)
     command = [os.path.join(ROOT, "factorize.py"), "run.py", *SMALL, *stages]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",

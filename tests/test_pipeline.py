@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import evaluate
 import factorize
 import losses
+import posterior
 import tasks
 import train_base
 from conftest import ROOT
@@ -29,7 +30,7 @@ from model import GPT, gaussian, score_latents, score_router
 from posterior import Posterior
 from tasks import Tokenizer
 
-BOTH = ["--steps=4", "--eval_every=2", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_restarts=4",
+BOTH = ["--steps=4", "--eval_every=2", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_searches=1",
         "--section_steps=2", "--pool_size=32", "--eval_inputs=8", "--validation_inputs=4", "--chunks=1",
         "--overwrite=True"]
 SHORT = ["configs/tiny_discrete.py", *BOTH, "--eval_samples=2", "--fixed_label_steps=1", "--responsibility_steps=2"]
@@ -229,6 +230,30 @@ def test_no_name_of_a_strategy_reaches_training(reference_of, monkeypatch, short
 
     monkeypatch.setitem(tasks.TASK_FUNCTIONS, "grid_pathfinding", relabelled)
     assert same(run("relabelled", short=short)[1], reference_of[short[0]][1])
+
+
+@KINDS
+def test_no_strategy_is_asked_for_in_training(reference_of, monkeypatch, short):
+    """Without evaluations, training ends with the same weights where nobody can ask which strategy a solution follows,
+    or what it would be. Whether an input is valid may be asked: it is so if all strategies differ on it."""
+    def forbidden(*args):
+        raise AssertionError("training has asked for a label")
+
+    def is_valid_input(task, x):
+        asked.append(x)
+        with monkeypatch.context() as allowed:
+            allowed.setattr(tasks.Task, "trace", trace)
+            return is_valid(task, x)
+
+    got, asked, trace, is_valid = get_base(short), [], tasks.Task.trace, tasks.Task.is_valid_input
+    monkeypatch.setattr(train_base, "get_base", lambda *args: got)  # making a task tries out its traces
+    for name in ("attribute", "trace", "nearest_strategy"):
+        monkeypatch.setattr(tasks.Task, name, forbidden)
+    monkeypatch.setattr(tasks.Task, "is_valid_input", is_valid_input)
+    monkeypatch.setattr(evaluate, "during_training", lambda *args: {})
+    assert same(run("unasked", short=short)[1], reference_of[short[0]][1]) and len(asked) > 100
+    with pytest.raises(AssertionError):
+        got[1].attribute([], [])
 
 
 @KINDS
@@ -439,17 +464,17 @@ def test_labels_are_the_posteriors_while_fixed_and_the_generators_afterwards(poo
     the ELBO."""
     base, model, pairs, one = pool
     cfg = config.load(factorize, [*SHORT, "--fixed_label_power=3", "--tau=0.7", "--alpha=2"])
-    q, prior = Posterior(base, 3), torch.tensor([0.5, 0.3, 0.2]).log()
+    q, share = Posterior(base, 3), torch.tensor([0.5, 0.3, 0.2])
     q.fit_statistics(pairs)
     with torch.no_grad():
         logq = torch.cat([q(pair) for pair in one])
         logp = torch.cat([-score_latents(model, pair)[0].sum(dim=2) for pair in one])
         features = torch.cat([q.features(pair) for pair in one])
     want = {"fixed labels": (3 * logq).log_softmax(dim=1),
-            "responsibilities": losses.balanced_responsibilities(logp / 0.7 + 2 * logq, prior)}
+            "responsibilities": losses.balanced_responsibilities(logp / 0.7 + 2 * logq, share.log())}
     assert logp.std() > 0.1 and logq.std() > 0.1
     for stage in ("fixed labels", "responsibilities", "ELBO"):
-        labels = factorize.label_pool(model, q, pairs, stage, cfg, prior, seeded(0))
+        labels = factorize.label_pool(model, q, pairs, stage, cfg, share, seeded(0))
         assert torch.allclose(labels.pop("features"), features, atol=1e-3)
         assert set(labels) == ({"log_r"} if stage in want else set())
         assert not labels or torch.allclose(labels["log_r"].exp(), want[stage].exp(), atol=1e-3), stage
@@ -460,28 +485,28 @@ def test_a_pair_gets_a_vector_of_its_own_cell(pool, adaptation):
     """Where z is continuous, and in every stage; and the features of a posterior whose backbone stands still."""
     base, model, pairs, one = pool
     cfg = config.load(factorize, SHORT_CONTINUOUS)
-    q, prior = Posterior(base, 3, adaptation, z_dim=2), torch.full((3,), 1 / 3).log()
-    x_index = torch.arange(32) // 2
-    factorize.start_posterior(q, pairs, x_index, prior, seeded(0), restarts=4, std=0.3)
+    q = Posterior(base, 3, adaptation, z_dim=2)
+    responses = factorize.sample_responses(base, get_base(SHORT)[1], 16, 6, "clusters")
+    share, _ = factorize.start_posterior(q, responses, torch.arange(96) // 6, K=3, seed=0, searches=1, std=0.3)
     cell = torch.cat([q.cells(q(pair)[0]) for pair in one])
     assert len(set(cell.tolist())) > 1
     for stage in ("fixed labels", "ELBO"):
-        labels = factorize.label_pool(model, q, pairs, stage, cfg, prior, seeded(1))
+        labels = factorize.label_pool(model, q, pairs, stage, cfg, share, seeded(1))
         assert set(labels) == ({"z", "features"} if adaptation == "linear" else {"z"})
         assert labels["z"].shape == (32, 1, 2) and torch.equal(q.cells(labels["z"][:, 0]), cell)
-    other = factorize.label_pool(model, q, pairs, stage, cfg, prior, seeded(2))
+    other = factorize.label_pool(model, q, pairs, stage, cfg, share, seeded(2))
     assert not torch.equal(labels["z"], other["z"])
 
 
 def test_a_batch_is_rows_of_the_pool_with_draws_of_their_responsibilities_or_noise(pool):
     _, model, pairs, _ = pool
-    prior, latent, rows = torch.full((3,), 1 / 3).log(), torch.arange(32) % 3, slice(8, 24)
+    share, latent, rows = torch.full((3,), 1 / 3), torch.arange(32) % 3, slice(8, 24)
 
     def take(short, stage, seed, log_r=None, *flags):
         """What a batch gets besides the rows of what the pool has."""
         labels = {} if log_r is None else {"log_r": log_r, "features": pairs.b}
         batch, found = factorize.take_batch(model, pairs, labels, rows, stage, config.load(factorize, [*short, *flags]),
-                                            {}, prior, seeded(seed))
+                                            {}, share, seeded(seed))
         assert all(torch.equal(got, want) for got, want in zip(batch, pairs.rows(rows)))
         assert all(torch.equal(found.pop(name), value[rows]) for name, value in labels.items())
         return found
@@ -501,16 +526,16 @@ def test_a_batch_is_rows_of_the_pool_with_draws_of_their_responsibilities_or_noi
 def test_the_marginal_of_the_routers_is_that_of_the_whole_batch(pool):
     """Every row has it: the mean of p(z|x), and the two moments of the mixture where z is continuous."""
     base, model, pairs, one = pool
-    prior = torch.tensor([0.5, 0.3, 0.2]).log()
+    share = torch.tensor([0.5, 0.3, 0.2])
     logp_z = torch.cat([score_latents(model, pair)[2][:, -3:].log_softmax(dim=1) for pair in one])[4:]
 
     def take(model, short, term):
         return factorize.take_batch(model, pairs, {}, slice(4, 32), "ELBO", config.load(factorize, short), {term: 1.0},
-                                    prior, seeded(0))[1]
+                                    share, seeded(0))[1]
 
     found = take(model, SHORT, "router_marginal_kl")
     assert found["log_prior"].shape == found["log_marginal"].shape == (28, 3)
-    assert (found["log_prior"] == prior).all() and logp_z.std(dim=0).max() > 1e-3
+    assert (found["log_prior"] == share.log()).all() and logp_z.std(dim=0).max() > 1e-3
     assert torch.allclose(found["log_marginal"].exp(), logp_z.exp().mean(dim=0).expand(28, 3), atol=1e-5)
     vectors = base.with_latents(0, 2).requires_grad_(False)
     vectors.gaussian_router.weight.normal_(generator=seeded(0))
@@ -608,26 +633,80 @@ def test_the_posterior_tells_solutions_apart_with_and_without_clusters(workplace
 
 
 def test_the_posterior_starts_from_clusters_of_responses_to_the_same_inputs(workplace, monkeypatch):
-    def note(q, pairs, x_index, log_prior, generator, restarts, std):
+    def note(q, pairs, x_index, *more):
         xs = inputs(get_base(SHORT)[1], pairs)
         assert [xs[x_index.tolist().index(i)] for i in x_index] == xs and x_index.bincount().tolist() == 16 * [6]
-        noted.append((restarts, std, generator.initial_seed()))
+        noted.append(more)
 
     noted = []
     spy(monkeypatch, factorize, "start_posterior", note)
-    run("starts", "--posterior_std=0.4", "--cluster_restarts=5", "--seed=3", short=SHORT_CONTINUOUS)
-    assert noted == [(5, 0.4, 3)]
+    run("starts", "--posterior_std=0.4", "--cluster_searches=2", "--seed=3", short=SHORT_CONTINUOUS)
+    assert noted == [(3, 3, 2, 0.4)]
 
 
-def test_the_clusters_and_the_labels_are_balanced_by_the_prior(workplace, monkeypatch):
-    found = []
-    spy(monkeypatch, factorize, "start_posterior", lambda q, pairs, x_index, log_prior, *more: found.append(log_prior))
-    spy(monkeypatch, factorize, "label_pool", lambda *args: found.append(args[5]))
-    run("prior", "--prior=[6, 3, 1]")
-    assert len(found) == 5 and all(prior.exp().tolist() == pytest.approx([0.6, 0.3, 0.1]) for prior in found)
-    found.clear()
-    run("prior", "--n_latents=4")
-    assert all(prior.exp().tolist() == pytest.approx(4 * [0.25]) for prior in found)
+def find(monkeypatch, share=None, **what):
+    """What start_posterior returns is this instead."""
+    real = factorize.start_posterior
+
+    def changed(*args):
+        found, clusters = real(*args)
+        return found if share is None else share, clusters._replace(**what)
+
+    monkeypatch.setattr(factorize, "start_posterior", changed)
+
+
+def test_the_labels_are_balanced_by_the_shares_of_the_clusters(workplace, monkeypatch):
+    """Labels in four steps, batches, and KL(mean router || shares); they are in the checkpoint, with what else is known
+    of the clusters, and in the metrics. Without clusters they are equal."""
+    of_labels, of_batches, share = [], [], torch.tensor([0.6, 0.3, 0.1])
+    spy(monkeypatch, factorize, "label_pool", lambda *args: of_labels.append(args[5]))
+    spy(monkeypatch, factorize, "take_batch", lambda *args: of_batches.append(args[7]))
+    with monkeypatch.context() as patch:
+        find(patch, share, collisions=0.01, agreement=0.75, halves=0.98)
+        run("shares")
+    assert len(of_labels) == len(of_batches) == 4
+    assert all(torch.equal(each, share) for each in of_labels + of_batches)
+    known = load("shares")["clusters"]
+    assert 0 < known.pop("start_nll_error") < 1 and known.pop("cluster_shares") == pytest.approx([0.6, 0.3, 0.1])
+    assert known == {"cluster_collisions": 0.01, "cluster_agreement": 0.75, "cluster_halves": 0.98}
+    assert load("shares")["clusters"].items() <= evaluate.evaluate("out/shares").items()
+    run("shares", "--cluster_inputs=0", "--n_latents=4")
+    assert all(each.tolist() == 4 * [0.25] for each in of_labels[4:]) and len(of_labels) == 8
+    assert load("shares")["clusters"].keys() == {"start_nll_error"}
+
+
+@pytest.mark.parametrize("short, size", [(SHORT, "n_latents"), (SHORT_CONTINUOUS, "z_dim")])
+def test_the_number_of_latents_is_that_of_the_clusters_if_it_is_not_told(workplace, monkeypatch, short, size):
+    """Four, on a task of three strategies, where the clustering finds four; so it is where a run goes on, to the last
+    bit, without another clustering. Where z is continuous, there are as many cells."""
+    told, real, flags = [], posterior.cluster_responses, ["--n_latents=0"] + ["--z_dim=4"] * (size == "z_dim")
+
+    def four(features, x_index, K, *more):
+        told.append(K)
+        return real(features, x_index, 4, *more)
+
+    monkeypatch.setattr(posterior, "cluster_responses", four)
+    log, weights = run("found", *flags, short=short)
+    assert told == [0] and load("found")["model_config"][size] == 4
+    assert len(load("found")["clusters"]["cluster_shares"]) == 4
+    cells = weights["posterior cells.centres"] if size == "z_dim" else weights["posterior head.weight"]
+    assert len(cells) == 4
+    cfg = config.load(factorize, [*short, "--name=found_parts", *flags])
+    interrupt(monkeypatch, factorize.factorize, cfg)
+    resumed_log, resumed_weights = run("found_parts", *flags, "--overwrite=False", "--resume=True", short=short)
+    assert resumed_log == log and same(resumed_weights, weights) and told == [0, 0]
+    assert load("found_parts")["clusters"] == load("found")["clusters"]
+
+
+@pytest.mark.parametrize("halves, warned", [(0.89, True), (0.91, False)])
+def test_clusters_that_halves_of_the_inputs_do_not_confirm_are_warned_of(workplace, monkeypatch, capsys, halves,
+                                                                         warned):
+    find(monkeypatch, torch.tensor([0.5, 0.3, 0.2]), collisions=0.012, agreement=0.5, halves=halves)
+    run("doubtful", "--steps=1", "--eval_every=1")
+    out = capsys.readouterr().out
+    assert ("doubtful: clusters that half of the inputs do not confirm are not to be trusted" in out) == warned
+    assert (f"doubtful: 3 clusters with shares 0.50, 0.30, 0.20; 1.2% of the responses collide, 50% of the searches "
+            f"agree, halves of the inputs on {halves:.1%}" in out)
 
 
 @KINDS
@@ -636,7 +715,7 @@ def test_the_factorization_starts_near_the_base_by_steps_on_the_latent_section(w
     error = {}
     for steps in (0, 30):
         run("near", f"--section_steps={steps}", "--steps=1", short=short)
-        error[steps] = load("near")["start_nll_error"]
+        error[steps] = load("near")["clusters"]["start_nll_error"]
     assert error[30] < 0.7 * error[0] and error[30] < 0.05
     if short is SHORT:
         latents = run("near", "--lr=0", "--adamw_lr=0", "--steps=1")[1]["model embed.weight"][-3:]
@@ -687,6 +766,7 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
             assert os.path.getsize(f"out/moved/{name}") > 0
         with open("out/moved/result.json") as f:
             assert set(json.load(f)) == {"config", "seed", "commit", "versions", "base", "metrics"}
+        assert sum(found.pop("cluster_shares")) == pytest.approx(1)
         assert all(math.isfinite(value) for value in found.values())
         assert found["nll"] > 0
         assert 0 <= found["alignment_one_to_one"] <= found["local_strategy_coverage_mean"] <= 1
@@ -788,7 +868,7 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["factorize.py", "configs/tiny_discrete.py", "--steps=many"], "'steps' takes int"),
     (["factorize.py", "configs/tiny_discrete.py", "steps=3"], "expected --key=value"),
     (["factorize.py", "configs/tiny_discrete.py", "--n_latents=1"], "at least 2 latents"),
-    (["factorize.py", "configs/tiny_discrete.py", "--prior=[0.5, 0.5]"], "takes 3 positive shares"),
+    (["factorize.py", "configs/tiny_discrete.py", "--n_latents=0", "--cluster_inputs=0"], "nothing finds it"),
     (["factorize.py", "configs/tiny_discrete.py", "--batch_size=0"], "'batch_size' must be at least 1"),
     (["factorize.py", "configs/tiny_discrete.py", "--posterior=half"], "'linear' or 'full'"),
     (["train_base.py", "configs/tiny_base.py", "--task=sort"], "unknown task 'sort'"),
@@ -803,7 +883,6 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["train_base.py", "configs/tiny_base.py", "--name=short", "--block_size=16"], "block_size"),
     (["train_base.py", "configs/addition_base.py", "--name=long", "--task_sizes={'max_digits': 4}", "--steps=1",
       "--block_size=113", "--final_eval_size=300", "--seed=2"], "a record of 115 tokens exceeds 113"),  # a test input's
-    (["factorize.py", "configs/tiny_discrete.py", "--prior=[1e-9, 1, 1]"], "each at least 0.0001 of their sum"),
     (["factorize.py", "configs/tiny_discrete.py", "--n_latents=129"], "129 latents cannot share the 128 pairs"),
     (["factorize.py", "configs/tiny_discrete.py", "--threads=0"], "'threads' must be at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--chunks=0"], "'chunks' must be at least 1"),
@@ -821,8 +900,6 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["train_base.py", "configs/tiny_base.py", "--seed=1795658400000000000"], "'seed' must be at most 1e+12"),
     (["factorize.py", "configs/tiny_continuous.py", "--z_dim=1"], "'z_dim': 3 clusters need at least 2 dimensions"),
     (["factorize.py", "configs/tiny_continuous.py", "--cluster_inputs=0"], "a continuous z needs clusters"),
-    (["factorize.py", "configs/tiny_continuous.py", "--name=unequal", "--prior=[98, 1, 1]", "--cluster_restarts=2"],
-     "of such unequal shares"),
     (["train_base.py", "configs/base_conversion_base.py", "--name=zero", "--steps=1", "--task_sizes={'min_value': 0}"],
      "at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--batch_size=2"], "one record of each strategy"),
@@ -863,7 +940,7 @@ def test_a_key_that_plays_no_part_for_the_kind_of_z_is_refused(workplace, short,
         with pytest.raises(SystemExit) as exit:
             run("unused", f"--{key}={value}", short=short)
         assert exit.value.code == f"error: config key '{key}' plays no part where z is {kind}"
-    factorize.check(config.load(factorize, [*short, *(f"--{key}={defaults[key]}" for key in keys)]), 3)
+    factorize.check(config.load(factorize, [*short, *(f"--{key}={defaults[key]}" for key in keys)]))
     assert not os.path.exists("out/unused")
 
 
@@ -1001,9 +1078,10 @@ def test_a_config_file_may_compute_its_values(tmp_path):
 
 def test_an_int_widens_to_float_and_nothing_else_changes_type(workplace):
     assert repr(config.load(factorize, ["configs/tiny_discrete.py", "--beta=1"]).beta) == "1.0"
-    for flag in ("--steps=1.5", "--steps=True", "--beta=True", "--resume=1", "--prior=(1, 1, 1)"):
+    for flag in ("--steps=1.5", "--steps=True", "--beta=True", "--resume=1", "--strategy_weights=(1, 1, 1)"):
+        script, path = (train_base, "base") if "weights" in flag else (factorize, "discrete")
         with pytest.raises(SystemExit, match=f"'{flag[2:].split('=')[0]}' takes"):
-            config.load(factorize, ["configs/tiny_discrete.py", flag])
+            config.load(script, [f"configs/tiny_{path}.py", flag])
 
 
 def test_a_non_finite_loss_names_its_term_and_saves_nothing(workplace, monkeypatch):
@@ -1147,7 +1225,7 @@ def test_a_factorization_that_is_interrupted_and_resumed_is_the_same_one(workpla
     assert interrupt(monkeypatch, factorize.factorize, cfg) == 128 + signal.SIGTERM
     resumed_log, resumed_weights = run("parts", *stages, "--overwrite=False", "--resume=True", short=short)
     assert resumed_log == log and same(resumed_weights, weights)
-    assert load("parts")["start_nll_error"] == load("whole")["start_nll_error"]
+    assert load("parts")["clusters"] == load("whole")["clusters"]
 
 
 def test_a_saved_state_survives_a_kill_and_lines_after_it_are_dropped(reference, monkeypatch):

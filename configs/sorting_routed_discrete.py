@@ -1,0 +1,3 @@
+# python factorize.py configs/sorting_routed_discrete.py
+base = "configs/sorting_routed_base.py"
+n_latents = 5
