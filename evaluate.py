@@ -56,19 +56,18 @@ def local_coverage(found, n, K, S, prefix=""):
 
 @torch.no_grad()
 def controlled(model, task, tokenizer, xs, seed):
-    """Forces every z on every x and decodes one y. Returns (metrics, C), C[z][s]: share of x on which z gave s, of those
-    on which the data has s. A y that is the trace of several strategies is the one that its z is matched to, if any."""
-    K, S = model.config.n_latents, len(task.strategies)
+    """Forces every z on every x and decodes one y. Returns (metrics, C), C[z][s]: share of x on which z gave s, of
+    those on which the data has s. A y that is the trace of several strategies is that which its z is matched to."""
+    K, S = model.config.n_latents, len({s for x in xs for s in task.mixture(x)})
     prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
     ys = sample_ys(model, tokenizer, prompts, seeded(seed))
     all_xs = [x for x in xs for _ in range(K)]
     found, there = [task.all_strategies(x, y) for x, y in zip(all_xs, ys)], [task.mixture(x) for x in xs]
-    C = torch.tensor([[sum(s in own and s in has for own, has in zip(found[k::K], there))
-                       / max(sum(s in has for has in there), 1) for s in task.strategies] for k in range(K)])
+    C = torch.tensor([[sum(s in own for own in found[k::K]) / max(sum(s in has for has in there), 1)
+                       for s in task.strategies] for k in range(K)])
     total, matching = one_to_one_matching(C)
     meant = [None if s is None else task.strategies[s] for s in matching]
-    found = [meant[i % K] if meant[i % K] in own else next((s for s in own if s in there[i // K]), None)
-             for i, own in enumerate(found)]
+    found = [meant[i % K] if meant[i % K] in own else next(iter(own), None) for i, own in enumerate(found)]
     coverage, alignment = local_coverage(found, K, K, list(map(len, there))), total / max(K, S)
     return {"alignment_one_to_one": alignment, **coverage,
             "permutation_gap": coverage["local_strategy_coverage_mean"] - alignment,
@@ -131,7 +130,7 @@ def strategy_probabilities(model, base, task, tokenizer, xs):
     traces = [list(task.traces(x).items()) for x in xs]
     place = [(i, task.strategies.index(s)) for i, own in enumerate(traces) for s, _ in own]
     ys = [[y for _, y in own] for own in traces]
-    many = torch.tensor([task.word(y, random)[1] - math.log(own.count(y)) for own in ys for y in own])
+    many = torch.tensor([task.word(y, random.Random(0))[1] - math.log(own.count(y)) for own in ys for y in own])
     records = [tokenizer.record(x, y) for x, own in zip(xs, ys) for y in own]
     check_lengths(records, model.config.block_size)
     pairs = as_pairs(records, [len(tokenizer.prompt(xs[i])) for i, _ in place])
@@ -144,9 +143,9 @@ def strategy_probabilities(model, base, task, tokenizer, xs):
 
 
 def router_at_work(logp_z, p_model, p_base, kinds):
-    """What the router knows of x, in nats: I(x; z) of log p(z|x) (N, K); and of the base what a strategy's share says of
-    the input's kind, I(kind; strategy), from p(y|x) of every strategy's trace (N, S). kinds: the kind of every x.
-    Returns (metrics, names of the kinds, p(z|kind), p(strategy|kind))."""
+    """What the router knows of x, in nats: I(x; z) of log p(z|x) (N, K), and I(kind; z); and what the base's strategies
+    say of the input's kind, I(kind; strategy), from p(y|x) of every trace (N, S). kinds: the kind of every x. Returns
+    (metrics, names of the kinds, p(z|kind), p(strategy|kind))."""
     names = sorted(set(kinds))
     of_kind = F.one_hot(torch.tensor([names.index(kind) for kind in kinds]), len(names)).float()
     of_kind = of_kind / of_kind.sum(dim=0)  # (N, kinds), columns sum to 1
@@ -174,14 +173,15 @@ def without_labels(model, q, base, task, tokenizer, xs, seed):
     plain = Tokenizer(task.vocab)
     prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
     ys = [tuple(y) for y in sample_ys(model, tokenizer, prompts, seeded(seed))]
+    different = sum(len(set(ys[i:i + K])) for i in range(0, len(ys), K)) / len(ys)
     rows = [i for i, y in enumerate(ys) if set(y) <= set(plain.ids)]
+    if not rows:
+        return {"distinct_outputs": different, "consistency": 0.0}
     records = [plain.record(xs[i // K], ys[i])[:base.config.block_size] for i in rows]
     pairs = as_pairs(records, [len(plain.prompt(xs[i // K])) for i in rows])
     pairs = pairs._replace(b=score_base(base, pairs))
     found = q.read(q.all_features(pairs)).argmax(dim=1)
-    different = sum(len(set(ys[i:i + K])) for i in range(0, len(ys), K))
-    return {"distinct_outputs": different / len(ys),
-            "consistency": (found == torch.tensor(rows) % K).sum().item() / len(ys)}
+    return {"distinct_outputs": different, "consistency": (found == torch.tensor(rows) % K).sum().item() / len(ys)}
 
 
 def total_variation(p, q):
@@ -349,11 +349,11 @@ def load_run(folder):
 SHOWN = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutation_gap",
          "controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
          "posterior_mu_probe_accuracy", "sampled_z_probe_accuracy", "sampled_z_probe_accuracy_control",
-         "centroid_distance", "sampled_strategy_total_variation", "strategy_total_variation_per_input", "nll", "base_nll",
-         "nll_of_mean_router", "router_information", "base_kind_information", "posterior_alignment",
+         "centroid_distance", "sampled_strategy_total_variation", "strategy_total_variation_per_input", "nll",
+         "base_nll", "nll_of_mean_router", "router_information", "base_kind_information", "posterior_alignment",
          # what is known without strategy names
-         "cluster_collisions", "cluster_agreement", "cluster_halves", "posterior_mutual_information", "distinct_outputs",
-         "consistency", "minutes")
+         "cluster_collisions", "cluster_agreement", "cluster_halves", "posterior_mutual_information",
+         "distinct_outputs", "consistency", "minutes")
 
 
 def evaluate(folder, seed=0):

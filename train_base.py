@@ -64,30 +64,36 @@ def make_task(cfg):
     name, sizes, wordings = cfg["task"], cfg["task_sizes"], cfg["wordings"]
     if name not in TASKS:
         fail(f"config key 'task': unknown task '{name}', known: {', '.join(TASKS)}")
-    if set(wordings) - {"separators", "operands"}:
+    if not all(wording in ("separators", "operands") for wording in wordings):
         fail(f"config key 'wordings' is a list of 'separators' and 'operands', got {wordings!r}")
     try:
         task = dataclasses.replace(TASK_FUNCTIONS[name](**sizes), commute="operands" in wordings,
                                    distinct=cfg["distinct_inputs"])
         if "separators" in wordings:
             task = dataclasses.replace(task, separators=(";", ","), vocab=(*task.vocab, ","))
+        task = with_weights(task, cfg["strategy_weights"])
         for split in ("train", "validation", "test"):  # sizes may leave no inputs, or numbers that the vocabulary lacks
             records, starts, *_ = record_batch(task, Tokenizer(task.vocab), random.Random(0), 20, split)
             if len({tuple(record[:start]) for record, start in zip(records, starts)}) < 2:
                 raise ValueError(f"{name} of these sizes has a single {split} input")
+        return task
     except KeyError as e:
         fail(f"config key 'task_sizes': {e} is not in the vocabulary of {name}")
     except (TypeError, ValueError, OverflowError) as e:
         fail(f"config key 'task_sizes': {e}")
-    weights, S, rng = cfg["strategy_weights"], len(task.strategies), random.Random(0)
-    kinds = sorted({task.kind(task.sample_input(rng)) for _ in range(500)})
-    if isinstance(weights, dict) and sorted(weights) != kinds:
-        fail(f"config key 'strategy_weights' has a row for every kind of input: {', '.join(kinds)}")
-    for row in weights.values() if isinstance(weights, dict) else [weights] if weights is not None else []:
+
+
+def with_weights(task, weights):
+    """The task with a mixture of its own: `strategy_weights` of a base's config."""
+    S, rng, draw = len(task.strategies), random.Random(0), task.draw_any or task.draw
+    kinds = {task.kind(x) for x in (draw(rng) for _ in range(500)) if x}
+    if isinstance(weights, dict) and set(weights) != kinds:
+        fail(f"config key 'strategy_weights' has a row for every kind of input: {', '.join(sorted(kinds))}")
+    for row in weights.values() if isinstance(weights, dict) else [] if weights is None else [weights]:
         if (type(row) is not list or len(row) != S
                 or not all(type(w) in (int, float) and 0 <= w <= 1e9 for w in row) or sum(row) <= 0):
             fail(f"config key 'strategy_weights' takes {S} weights from 0 on, not all 0: {task.strategies}")
-    return dataclasses.replace(task, weights=weights) if weights else task
+    return task if weights is None else dataclasses.replace(task, weights=weights)
 
 
 def record_batch(task, tokenizer, rng, n_inputs, split, crop=0):

@@ -167,7 +167,7 @@ def records(n, length):
     """n records of sorting, cut to the same length, as model.Pairs."""
     rng, found = random.Random(0), []
     while len(found) < n:
-        ids, starts = train_base.record_batch(TASK, TOKENIZER, TASK.strategies, rng, 1, "train")
+        ids, starts, *_ = train_base.record_batch(TASK, TOKENIZER, rng, 1, "train")
         found += [(r[:length], s) for r, s in zip(ids, starts) if len(r) >= length]
     return as_pairs(*zip(*found[:n]))
 

@@ -38,8 +38,8 @@ def drawn(monkeypatch):
 
 
 @pytest.mark.parametrize("factorized, names", [
-    (run, {"training.png", "matching.png", "traces.png"}),
-    (run_continuous, {"training.png", "latent_space.png", "maps.png"})])
+    (run, {"training.png", "matching.png", "router.png", "traces.png"}),
+    (run_continuous, {"training.png", "latent_space.png"})])
 def test_an_evaluation_draws_what_applies_to_the_run(workplace, monkeypatch, drawn, factorized, names):
     """Each strategy is named with its shares of the samples of the router and of the base in one of the figures."""
     against_base, found = evaluate.against_base, []
@@ -86,18 +86,25 @@ def test_matching_shows_every_share_and_frames_the_strategy_of_each_latent(tmp_p
     assert [label.get_text() for label in axis.get_yticklabels()] == ["<z1>", "<z2>", "<z3>"]
 
 
-def test_a_map_has_z_1_to_the_right_and_z_2_upwards(tmp_path, drawn):
-    """map[i, j] is of the i-th z_1 and the j-th z_2, both rising, from -3 to 3: column i of row j, counted from below.
-    Each strategy has its colour, none is black."""
-    maps = [torch.tensor([[0, 1, 2], [0, 0, 2], [1, 1, 1]]), torch.zeros(3, 3)]
-    figures.draw_maps(maps, ["4 2", "3 1"], ("a", "b"), tmp_path / "maps.png")
-    assert [axis.get_title() for axis in drawn[0].axes] == ["4 2", "3 1"]
-    image = drawn[0].axes[0].images[0]
-    assert image.origin == "lower" and image.get_extent() == [-3, 3, -3, 3]
-    shown = image.get_array()
-    assert all(shown[j, i] == maps[0][i, j] for i in range(3) for j in range(3))
-    colours = [tuple(image.cmap(image.norm(s))[:3]) for s in range(3)]
-    assert len(set(colours)) == 3 and colours[2] == (0, 0, 0)
+def test_router_shows_the_shares_of_strategies_and_latents_on_each_kind_of_input(tmp_path, drawn):
+    """Two bars a kind, of the base to the left and of the router to the right, each from 0 upwards: strategies in their
+    order, latents in that of what they mean, and what is left over last, in black."""
+    base = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    router = torch.tensor([[0.5, 0.125, 0.375], [0.25, 0.25, 0.5]])
+    figures.draw_router(["wide", "tall"], router, base, [1, None, 0], ("a", "b"), tmp_path / "router.png")
+    (axis,) = drawn[0].axes
+    found = [(round(bar.get_x() + bar.get_width() / 2, 6), bar.get_y(), bar.get_height(), to_hex(bar.get_facecolor()))
+             for bar in axis.patches]
+    blue, orange, black = map(to_hex, ("C0", "C1", "black"))
+    assert sorted(found) == sorted([
+        (-0.2, 0, 0.25, blue), (-0.2, 0.25, 0.75, orange), (0.8, 0, 0.5, blue), (0.8, 0.5, 0.5, orange),
+        (0.2, 0, 0.375, blue), (0.2, 0.375, 0.5, orange), (0.2, 0.875, 0.125, black),
+        (1.2, 0, 0.5, blue), (1.2, 0.5, 0.25, orange), (1.2, 0.75, 0.25, black)])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["wide\nbase | router", "tall\nbase | router"]
+    (legend,) = drawn[0].legends
+    shown = zip(legend.get_patches(), legend.get_texts(), strict=True)
+    assert [(text.get_text(), to_hex(patch.get_facecolor())) for patch, text in shown] == [("a", blue), ("b", orange)]
+    assert (tmp_path / "router.png").stat().st_size > 5000
 
 
 def entries(steps, of_discrete):

@@ -114,10 +114,10 @@ def test_the_base_learns_and_c_base_is_its_last_validation_loss(workplace):
         metrics = json.load(f)
     base, task, checkpoint = get_base(SHORT)
     assert checkpoint["c_base"] == metrics["c_base"] == last["nll"]
+    assert metrics["floor"] == pytest.approx(math.log(3)) == last["floor"]
 
     def nll(model, split):
-        mixture = dict.fromkeys(task.strategies, 1 / 3)
-        return train_base.validate(model, task, Tokenizer(task.vocab), mixture, 64, 0, split)["nll"]
+        return train_base.validate(model, task, Tokenizer(task.vocab), 64, 0, split)["nll"]
 
     assert nll(base, "validation") == pytest.approx(last["nll"], rel=1e-4)
     assert nll(base, "test") == pytest.approx(metrics["nll"], rel=1e-4)
@@ -130,7 +130,7 @@ def test_the_base_sees_no_test_input_before_its_last_step(workplace, monkeypatch
     learned, validated, splits, task = [], [], [], get_base(SHORT)[1]
     spy(monkeypatch, train_base, "gradient", lambda model, pairs, *more: learned.extend(inputs(task, pairs)))
     spy(monkeypatch, train_base, "validate", lambda *args: validated.append((len(learned), args[-1])))
-    spy(monkeypatch, train_base, "record_batch", lambda *args: splits.append(args[-1]))
+    spy(monkeypatch, train_base, "record_batch", lambda *args: splits.append(args[4]))
     train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=splits", "--steps=4", "--eval_every=2"]))
     assert splits[-7:] == ["train", "train", "validation", "train", "train", "validation", "test"]
     assert validated == [(60, "validation"), (120, "validation"), (120, "test")]
@@ -145,7 +145,7 @@ def test_a_validation_is_of_the_split_it_is_asked_for(workplace, monkeypatch, sp
     spy(monkeypatch, train_base, "score_base", lambda model, pairs: seen.extend(inputs(task, pairs)))
     spy(monkeypatch, train_base, "sample_ys", lambda model, tokenizer, prompts, generator: seen.extend(
         tokenizer.decode(prompt[2:-2]) for prompt in prompts))
-    train_base.validate(base, task, tokenizer, dict.fromkeys(task.strategies, 1 / 3), 30, 0, split)
+    train_base.validate(base, task, tokenizer, 30, 0, split)
     assert len(seen) == 60 and {task.split(x) for x in seen} == {split}
 
 
@@ -154,8 +154,7 @@ def test_a_batch_of_the_base_is_a_function_of_seed_and_step(workplace):
 
     def batch(seed, step):
         cfg = config.load(train_base, ["configs/tiny_base.py", f"--seed={seed}"])
-        mixture = dict.fromkeys(task.strategies, 1 / 3)
-        return train_base.training_batch(task, Tokenizer(task.vocab), mixture, cfg, step).ids.tolist()
+        return train_base.training_batch(task, Tokenizer(task.vocab), cfg, step)[0].ids.tolist()
 
     assert batch(0, 0) == batch(0, 0)
     assert all(a != b for a, b in itertools.combinations([batch(0, 0), batch(0, 1), batch(1, 0), batch(1, 1)], 2))
@@ -172,17 +171,102 @@ def test_a_batch_in_chunks_trains_the_base_like_a_whole_one(workplace):
 
 
 def test_a_mixture_weighs_the_records_of_every_input(workplace):
-    """Strategies of next to no weight change nothing, wherever they stand in the batch: loss, floor and gradient."""
-    def scores(weights, batch_size):
+    """Strategies of next to no weight change nothing, wherever they stand in the batch: loss, floor and gradient. The
+    inputs are the same where those stay on which strategies coincide."""
+    def scores(weights, distinct=False):
         train_base.train(config.load(train_base, [
             "configs/tiny_base.py", "--name=mixture", "--overwrite=True", "--steps=8", "--warmup=0",
-            f"--strategy_weights={weights}", f"--batch_size={batch_size}"]))
+            f"--strategy_weights={weights}", f"--distinct_inputs={distinct}"]))
         return read_log("mixture")[-1]
 
-    alone, among = scores([0.0, 3.0, 0.0], 10), scores([1e-9, 3.0, 1e-9], 30)
+    alone, among = scores([0.0, 3.0, 0.0]), scores([1e-9, 3.0, 1e-9])
     assert among["loss"] == pytest.approx(alone["loss"], rel=1e-3)  # after 7 equal steps
     assert among["floor"] == pytest.approx(alone["floor"], abs=1e-6) == 0
-    assert scores([1.0, 2.0, 1.0], 30)["floor"] == pytest.approx(1.5 * math.log(2))
+    assert scores([1.0, 2.0, 1.0], distinct=True)["floor"] == pytest.approx(1.5 * math.log(2))
+
+
+def entropy(task, x):
+    """Of p(y|x), by its definition: a strategy's share is spread over all wordings of its trace, as 2,000 draws find
+    them."""
+    p, rng = {}, random.Random(0)
+    for strategy, share in task.mixture(x).items():
+        ways = {tuple(task.word(task.trace(x, strategy), rng)[0]) for _ in range(2000)}
+        for y in ways:
+            p[y] = p.get(y, 0) + share / len(ways)
+    assert sum(p.values()) == pytest.approx(1)
+    return -sum(share * math.log(share) for share in p.values())
+
+
+@pytest.mark.parametrize("distinct, wordings", [(True, []), (False, []), (True, ["separators"]),
+                                                (False, ["separators", "operands"])])
+def test_the_records_of_an_input_have_the_weights_of_its_mixture_and_its_entropy(distinct, wordings):
+    """Of sums of two to four numbers: some strategies have no share, some leave the same trace."""
+    weights = {"2 numbers": [1, 1, 0], "3 numbers": [2, 3, 5], "4 numbers": [0, 0, 1]}
+    sizes = {"max_len": 4, "min_len": 4 if distinct else 2}
+    task = train_base.make_task({"task": "list_summation", "task_sizes": sizes, "wordings": wordings,
+                                 "strategy_weights": [1, 0, 3] if distinct else weights, "distinct_inputs": distinct})
+    tokenizer, n = Tokenizer(task.vocab), 24
+    assert task.commute == ("operands" in wordings) and task.separators == ((";", ",") if wordings else (";",))
+
+    def batch(**crop):
+        return train_base.record_batch(task, tokenizer, random.Random(1), n, "train", **crop)
+
+    records, starts, weight, floor = batch()
+    xs = [tokenizer.decode(record[2:start - 2]) for record, start in zip(records, starts)]
+    ys = [tokenizer.solution(record[start:]) for record, start in zip(records, starts)]
+    assert weight.sum().item() == pytest.approx(1) and [task.split(x) for x in xs] == len(xs) * ["train"]
+    groups = [list(rows) for _, rows in itertools.groupby(range(len(xs)), key=lambda i: xs[i])]
+    if not distinct:  # kinds of input, and inputs on which strategies with a share coincide
+        assert len({task.kind(x) for x in xs}) == 3
+        assert any(len(task.all_strategies(x, y)) > 1 for x, y in zip(xs, ys))
+    assert len(groups) == n  # no input came twice in a row
+    for rows in groups:
+        mixture = task.mixture(xs[rows[0]])
+        assert (weight[rows] * n).tolist() == pytest.approx([*mixture.values()])
+        assert all(strategy in task.all_strategies(xs[i], ys[i]) for i, strategy in zip(rows, mixture, strict=True))
+    if wordings:
+        assert any(y != task.canonical(y) for y in ys)
+    assert floor == pytest.approx(sum(entropy(task, xs[rows[0]]) for rows in groups) / n)
+    cropped, *rest = batch(crop=5)
+    assert rest[0] == starts and torch.equal(rest[1], weight) and rest[2] == floor
+    whole = [records[i] for rows in groups[::4] for i in rows]
+    assert [record for i, rows in enumerate(groups) for record in [cropped[j] for j in rows] if i % 4 == 0] == whole
+    assert all(cropped[j] == records[j][:starts[j] + 5] for i, rows in enumerate(groups) for j in rows if i % 4)
+    cfg = config.load(train_base, ["configs/tiny_base.py", "--batch_size=72", "--crop=5"])
+    pairs, weight = train_base.training_batch(task, tokenizer, cfg, 0)
+    rng = random.Random("base 0 0")
+    records, starts, want, _ = train_base.record_batch(task, tokenizer, rng, 24, "train", 5)
+    assert torch.equal(weight, want) and pairs.starts.tolist() == starts
+    assert [[t for t in row if t] for row in pairs.ids.tolist()] == records
+
+
+def test_a_base_of_kinds_and_wordings_is_factorized_and_evaluated_on_its_own_task(workplace, tmp_path, capsys):
+    """The checkpoint's task is that of the config, in every program; a config that has changed since is refused."""
+    path, weights = tmp_path / "kinds_base.py", {"wide": [3, 1, 0], "tall or square": [1, 1, 2]}
+
+    def write(**changed):
+        keys = {"strategy_weights": weights, "wordings": ["separators"], "distinct_inputs": False, "steps": 4,
+                "final_eval_size": 8} | changed
+        with open("configs/tiny_base.py") as f:
+            path.write_text(f.read() + "".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+
+    write()
+    run("of_kinds", f"--base={path}")
+    *_, entry = read_log("kinds_base")
+    assert 0.5 < entry["floor"] - 3 * math.log(2) < 4 * math.log(2)  # 2 to 6 steps, each ends in two ways
+    _, task, checkpoint = train_base.load_base("out/kinds_base/ckpt.pt")
+    for found in (task, evaluate.load_run("out/of_kinds")[2]):
+        assert found.weights == weights and found.separators == (";", ",") and found.vocab[-1] == ","
+        assert not found.distinct and not found.commute
+    metrics = evaluate.evaluate("out/of_kinds")
+    for name in ("alignment_one_to_one", "distinct_outputs", "consistency"):
+        assert 0 <= metrics[name] <= 1
+    assert 0 <= metrics["router_kind_information"] <= metrics["router_information"] + 1e-6 < math.log(3)
+    for changed in ({"strategy_weights": None}, {"strategy_weights": weights | {"wide": [3, 1, 1]}}, {"wordings": []},
+                    {"distinct_inputs": True}):
+        write(**changed)
+        with pytest.raises(SystemExit, match=f"kinds_base.py says .*; remove the checkpoint or change the config"):
+            run("of_kinds", f"--base={path}")
 
 
 def test_three_of_four_training_inputs_are_cropped(workplace, monkeypatch):
@@ -762,7 +846,7 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
     try:
         found = evaluate.evaluate("out/moved")
         assert found == evaluate.evaluate("out/moved")
-        for name in ("metrics.json", "result.json", "matching.png", "traces.png", "training.png"):
+        for name in ("metrics.json", "result.json", "matching.png", "router.png", "traces.png", "training.png"):
             assert os.path.getsize(f"out/moved/{name}") > 0
         with open("out/moved/result.json") as f:
             assert set(json.load(f)) == {"config", "seed", "commit", "versions", "base", "metrics"}
@@ -776,8 +860,9 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
 
 def test_a_continuous_run_is_evaluated_and_shown(continuous, capsys, monkeypatch):
     found = evaluate.evaluate("out/continuous")
-    assert found["nll"] > 0 and found["kl"] > 0 and "alignment_one_to_one" not in found
-    assert {"latent_space.png", "maps.png", "training.png"} <= set(os.listdir("out/continuous"))
+    assert found["nll"] > 0 and found["kl"] > 0
+    assert not {"alignment_one_to_one", "router_information", "consistency"} & set(found)
+    assert {"latent_space.png", "training.png"} <= set(os.listdir("out/continuous"))
     found = itertools.cycle(get_base(SHORT)[1].strategies)  # so short a run may give none, or one
     monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: next(found))
     evaluate.main(["out/continuous", "--show=1"])
@@ -888,7 +973,23 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["train_base.py", "configs/tiny_base.py", "--chunks=0"], "'chunks' must be at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--crop=-1"], "'crop' must be at least 0, got -1"),
     (["train_base.py", "configs/tiny_base.py", "--n_head=3"], "'n_embd' (64) must be an even multiple of n_head (3)"),
-    (["train_base.py", "configs/tiny_base.py", "--strategy_weights=['a', 1, 1]"], "list of numbers"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights=['a', 1, 1]"], "takes 3 weights from 0"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights=[1, 1, True]"], "takes 3 weights from 0"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights={'wide': [1, 1, 1]}"],
+     "has a row for every kind of input: tall or square, wide"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights={}"], "has a row for every kind of input: tall"),
+    (["train_base.py", "configs/tiny_base.py",
+      "--strategy_weights={'wide': [1, 1, 1], 'tall or square': [1, 1, 1], 'round': [1, 1, 1]}"], "row for every kind"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights={'wide': [1, 1], 'tall or square': [1, 1, 1]}"],
+     "takes 3 weights from 0"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights={'wide': 1, 'tall or square': [1, 1, 1]}"],
+     "takes 3 weights from 0"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights={'wide': [0, 0, 0], 'tall or square': [1, 1, 1]}"],
+     "not all 0"),
+    (["train_base.py", "configs/tiny_base.py", "--strategy_weights={'wide': [1, -1, 1], 'tall or square': [1, 1, 1]}"],
+     "weights from 0 on"),
+    (["train_base.py", "configs/tiny_base.py", "--wordings=['separators', 'commas']"],
+     "a list of 'separators' and 'operands'"),
     (["train_base.py", "configs/tiny_base.py", "--lr=1e999"], "'lr' must be at most 1e+12, got inf"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 0}"], "task_sizes"),
     (["factorize.py", "configs/tiny_discrete.py", "--name=few", "--cluster_inputs=1", "--cluster_responses=2"],
@@ -1037,12 +1138,18 @@ def test_a_foreign_base_checkpoint_is_one_line(reference):
     os.makedirs("out/foreign", exist_ok=True)
     base = load("tiny_base")
     summation = {"config": base["config"] | {"task": "list_summation", "task_sizes": {}},
-                 "vocab": list(train_base.make_task("list_summation", {}).vocab)}
+                 "vocab": list(tasks.TASKS["list_summation"].vocab)}
     for foreign, words in (
             (load("reference"), "no base checkpoint, but a factorization checkpoint"),
             ([1, 2], "is no base checkpoint"),
             (base | {"vocab": base["vocab"][::-1]}, "another vocabulary than that of grid_pathfinding"),
             (base | {"config": base["config"] | {"n_layer": 7}}, "was trained with n_layer = 7, but foreign.py says 2"),
+            (base | {"config": base["config"] | {"strategy_weights": [1, 2, 1]}},
+             r"was trained with strategy_weights = \[1, 2, 1\], but foreign.py says None"),
+            (base | {"config": base["config"] | {"wordings": ["operands"]}},
+             r"was trained with wordings = \['operands'\], but foreign.py says \[\]"),
+            (base | {"config": base["config"] | {"distinct_inputs": False}},
+             "was trained with distinct_inputs = False, but foreign.py says True"),
             (base | summation, "was trained with task = 'list_summation', but foreign.py says 'grid_pathfinding'")):
         torch.save(foreign, "out/foreign/ckpt.pt")
         with open("configs/tiny_base.py") as f, open("foreign.py", "w") as own:

@@ -1,4 +1,5 @@
 """The six tasks against textbook solvers written here from scratch, the split, attribution and the tokenizer."""
+import dataclasses
 import inspect
 import itertools
 import json
@@ -8,7 +9,7 @@ import random
 import re
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from fractions import Fraction
 from functools import lru_cache
 
@@ -652,6 +653,158 @@ def test_sizes_are_parameters(name, sizes):
             assert y == replay(name, strategy, x), (x, strategy)
             assert task.attribute(x, y) == strategy, (x, strategy)
             assert tokenizer.decode(tokenizer.encode(y)) == y
+
+
+# ----------------------------------------------------------------------------- kinds of input, wordings, coincidences
+KINDS = {
+    "list_summation": {"3 5 2 7": "4 numbers", "3 5 2 7 1": "5 numbers"},
+    "sorting_algorithms": {"4 2 3 1": "4 numbers", "2 6 1 3 5": "5 numbers", "6 1 2 5 4 3": "6 numbers"},
+    "grid_pathfinding": {"3 4 to 5 7": "wide", "3 4 to 5 6": "tall or square", "3 4 to 6 6": "tall or square"},
+    "linear_equation_solving": {"5 x + 5 = 2 0": "small factor", "6 x + 2 = 2 0": "large factor"},
+    "base_conversion": {"1 8 2 base 1 6": "base 16", "1 8 2 base 8": "base 8", "4 4 base 4": "base 4"},
+    "multidigit_addition": {"4 7 + 3 8": "first larger", "3 8 + 3 8": "second larger or equal",
+                            "9 + 3 8": "second larger or equal"},
+}
+
+
+@every_task
+def test_an_input_is_of_one_of_two_or_more_kinds_each_of_which_is_often_drawn(name):
+    assert all(TASKS[name].kind(x.split()) == kind for x, kind in KINDS[name].items())
+    found = [TASKS[name].kind(x) for x in inputs(name)]
+    assert set(found) == set(KINDS[name].values()) and len(set(found)) > 1
+    assert all(found.count(kind) > 0.2 * len(found) for kind in set(found))
+
+
+def test_the_mixture_has_the_shares_of_its_weights_and_no_strategy_without_one():
+    """Equal ones where there are no weights; a row's own where there is a row for every kind of input."""
+    first, second, third = STRATEGIES["grid_pathfinding"]
+    wide, square = "3 4 to 5 7".split(), "3 4 to 5 6".split()
+    for weights, x, want in ((None, wide, {first: 1 / 3, second: 1 / 3, third: 1 / 3}),
+                             ([0, 3, 1], wide, {second: 3 / 4, third: 1 / 4}),
+                             ({"wide": [1, 1, 2], "tall or square": [0, 0, 5]}, wide,
+                              {first: 1 / 4, second: 1 / 4, third: 1 / 2}),
+                             ({"wide": [1, 1, 2], "tall or square": [0, 0, 5]}, square, {third: 1.0})):
+        task = dataclasses.replace(TASKS["grid_pathfinding"], weights=weights)
+        assert task.mixture(x) == pytest.approx(want)
+        assert task.traces(x) == {s: replay(task.name, s, x) for s in want}
+
+
+def test_a_strategy_that_the_data_lacks_is_not_recognised_and_makes_no_input_invalid():
+    """On two numbers there is nothing to pair: the sum from the left is the pairwise one."""
+    task = TASK_FUNCTIONS["list_summation"](2, 4)
+    x, longer = ["3", "5"], "3 5 2 7".split()
+    pairwise = task.trace(longer, "pairwise")
+    assert not task.is_valid_input(x) and task.attribute(longer, pairwise) == "pairwise"
+    lacking = dataclasses.replace(task, weights={f"{n} numbers": [1, 1, 0] for n in (2, 3, 4)})
+    assert lacking.is_valid_input(x) and lacking.attribute(longer, pairwise) is None
+    assert lacking.all_strategies(x, lacking.trace(x, "pairwise")) == ["left-to-right"]
+    assert lacking.nearest_strategy(longer, pairwise) != "pairwise"
+    assert not dataclasses.replace(lacking, commute=True).is_valid_input(x)  # 3 + 5 is 5 + 3
+
+
+def worded(task, separators=True, commute=True):
+    """The task with wordings, as train_base.make_task makes it."""
+    if separators:
+        task = dataclasses.replace(task, separators=(";", ","), vocab=(*task.vocab, ","))
+    return dataclasses.replace(task, commute=commute)
+
+
+def wordings(y, separators=True, commute=True):
+    """All ways to write y, as strings without blanks: each step ends in ; or , and is written both ways if it is
+    'a + b = c'."""
+    *steps, answer = "".join(y).split(";")
+    ways = []
+    for step in steps:
+        match = re.fullmatch(r"(\d+)\+(\d+)=(\d+)", step)
+        forms = {step, "{1}+{0}={2}".format(*match.groups())} if match and commute else {step}
+        ways.append([form + end for form in forms for end in (";," if separators else ";")])
+    return {"".join(way) + answer for way in itertools.product(*ways)}
+
+
+@pytest.mark.parametrize("separators, commute, n", [(True, True, 32), (True, False, 8), (False, True, 4)])
+def test_every_wording_is_equally_likely(separators, commute, n):
+    """1 + 2, then 3 + 3, which has one order, then 6 + 4: of 200 n draws each is drawn 200 times, within 5
+    standard deviations, and the nats are log n."""
+    task, rng = worded(TASKS["list_summation"], separators, commute), random.Random(0)
+    y = task.trace("1 2 3 4".split(), "left-to-right")
+    drawn = [task.word(y, rng) for _ in range(200 * n)]
+    counts = Counter("".join(worded) for worded, _ in drawn)
+    assert set(counts) == wordings(y, separators, commute) and len(counts) == n
+    assert all(abs(count - 200) < 5 * 200 ** 0.5 for count in counts.values())
+    assert all(nats == pytest.approx(math.log(n)) for _, nats in drawn)
+
+
+@every_task
+def test_a_wording_is_read_as_what_it_words(name):
+    """On inputs on which no two strategies have a wording in common."""
+    task, rng = worded(TASKS[name]), random.Random(1)
+    for x in [task.sample_input(rng) for _ in range(40)]:
+        traces = {s: task.trace(x, s) for s in task.strategies}
+        assert all(wordings(traces[s]).isdisjoint(wordings(traces[r]))
+                   for s, r in itertools.combinations(traces, 2)), x
+        for strategy, y in traces.items():
+            assert "".join(y) in wordings(replay(name, strategy, x)) and task.canonical(y) == y
+            for _ in range(4):
+                other, nats = task.word(y, rng)
+                assert nats == pytest.approx(math.log(len(wordings(y))))
+                assert "".join(other) in wordings(y) and task.canonical(other) == y
+                assert task.attribute(x, other) == strategy == task.nearest_strategy(x, other)
+                assert task.all_strategies(x, other) == [strategy]
+                assert task.parse(other) == task.parse(y) and task.parse(other).answer == ANSWERS[name](x)
+
+
+@every_task
+def test_without_wordings_nothing_is_drawn_and_nothing_is_changed(name):
+    task, rng = TASKS[name], random.Random(1)
+    before = rng.getstate()
+    for x, strategy in itertools.product(inputs(name)[:50], STRATEGIES[name]):
+        y = task.trace(x, strategy)
+        assert task.word(y, rng) == (y, 0) and task.canonical(y) == y
+    assert rng.getstate() == before
+
+
+@pytest.mark.parametrize("step, want", [
+    ("1 0 + 7 = 1 7", "7 + 1 0 = 1 7"), ("1 0 + 9 = 1 9", "9 + 1 0 = 1 9"), ("9 + 1 0 = 1 9", None),
+    ("0 + 0 = 0", None), ("8 + 7 + 0 = 5 carry 1", None), ("x + 5 / 3 = 2 0 / 3", None),
+    ("3 x + 2 = 2 0", None), ("9 = 2 * 4 + 1", None), ("9 - 2 = 7", None), ("8 + 7", None), ("8 + = 7", None),
+    ("+ 7 = 7", None), ("8 + 0 7 = 1 5", None), ("8 + 7 = 1 4 + 1", None), ("8 + 7 = 1 5 = 1 5", None),
+    ("= 8 + 7", None)])
+def test_only_the_two_addends_of_a_plain_sum_change_places(step, want):
+    """The smaller one is first, as a number; both orders have the same canonical form, and the answer stays."""
+    task, step, want = worded(TASKS["multidigit_addition"]), step.split(), (want or step).split()
+    assert task.canonical([*step, ",", *step, ";", "ans", "8", "5"]) == [*want, ";", *want, ";", "ans", "8", "5"]
+    other = tasks.swapped(step)
+    assert tasks.swapped(other) == step and tasks.addends(other) == tasks.addends(step)[::-1]
+    assert task.canonical([*other, ";"]) == [*want, ";"] and (want == step or other == want)
+
+
+@pytest.mark.parametrize("name, text, alike", [
+    ("list_summation", "3 5 5 3", ["left-to-right", "right-to-left"]),
+    ("sorting_algorithms", "2 1 3 4", ["bubble-sort", "selection-sort", "insertion-sort", "merge-sort"]),
+    ("grid_pathfinding", "3 4 to 4 5", ["right-first", "alternating"]),
+    ("grid_pathfinding", "3 4 to 3 6", ["right-first", "down-first", "alternating"])])
+def test_all_strategies_of_a_trace_are_named_where_coincidence_is_no_matter(name, text, alike):
+    task, x = dataclasses.replace(TASKS[name], distinct=False), text.split()
+    assert task.is_valid_input(x) and not TASKS[name].is_valid_input(x)
+    for strategy in STRATEGIES[name]:
+        y = replay(name, strategy, x)
+        found = alike if strategy in alike else [strategy]
+        assert task.all_strategies(x, y) == found and task.attribute(x, y) == found[0]
+    assert task.all_strategies(x, ["ans"]) == []
+
+
+@pytest.mark.parametrize("name", ["list_summation", "sorting_algorithms", "grid_pathfinding"])
+def test_inputs_on_which_strategies_coincide_are_drawn_if_they_are_not_left_out(name):
+    """Lists of four to sort as often as among all orders of four numbers: 5 standard deviations."""
+    task, rng = dataclasses.replace(TASKS[name], distinct=False), random.Random(0)
+    xs = [task.sample_input(rng, "train") for _ in range(1000)]
+    assert all(task.check(x) is None and task.split(x) == "train" for x in xs)
+    assert 10 < sum(not TASKS[name].is_valid_input(x) for x in xs) < 990
+    if name == "sorting_algorithms":
+        orders = [[str(v) for v in order] for order in itertools.permutations(range(4))]
+        share = sum(map(TASKS[name].is_valid_input, orders)) / 24
+        found = [TASKS[name].is_valid_input(x) for x in xs if len(x) == 4]
+        assert abs(sum(found) / len(found) - share) < 5 * math.sqrt(share * (1 - share) / len(found))
 
 
 # ----------------------------------------------------------------------------------------------------- the tokenizer
