@@ -84,7 +84,8 @@ class Config:
     eval_every: Count = 100  # steps between evaluations during training
     validation_inputs: at_least(2) = 64  # inputs they take; at most 32 where z is continuous
     eval_inputs: at_least(2) = 256  # different test inputs, as many as the task has
-    eval_samples: Count = 8  # samples of a discrete router an input, or K if that is more
+    # ... where z is discrete
+    eval_samples: Count = 8  # samples of the router an input, or K if that is more
     # running
     seed: int = 0  # of weights, data and clusters
     threads: Count = 2  # CPU threads

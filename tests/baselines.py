@@ -7,8 +7,8 @@
 `supervised` is factorize.py with the true strategies as labels, in place of the clusters' and of responsibilities: what
 the generator reaches in as many steps when somebody tells it. `clusters` needs no generator: it shares out the
 recipe's own responses of the base, once by k-means on mean hidden states, raw or minus their mean over the responses to
-the same x, and once as the recipe does, for several mixtures of the strategies that nothing tells, and prints how many of
-the responses are in the right cluster, and which K is found.
+the same x, and once as the recipe does, for several mixtures of the strategies that nothing tells. It prints how many
+of the responses are in the right cluster, and which K is found.
 `two_tasks` is factorize.py on a base of two tasks (`grids_and_equations`), measured on each of them apart.
 """
 import dataclasses
