@@ -162,7 +162,7 @@ def information(p, weight=None):
     """I(row; column) in nats of p(column|row) (N, K), the rows as likely as `weight` (N,) says, or equally."""
     weight = torch.full((len(p),), 1 / len(p)) if weight is None else weight
     mean = (weight @ p).clamp(min=1e-12)
-    return (weight @ (p * (p.clamp(min=1e-12) / mean).log()).sum(dim=1)).item()
+    return max(0.0, (weight @ (p * (p.clamp(min=1e-12) / mean).log()).sum(dim=1)).item())
 
 
 @torch.no_grad()

@@ -214,8 +214,9 @@ def shares_table():
         keys = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "base_kind_information",
                 "router_kind_information", "strategy_total_variation_per_input")
         rows.append([name.replace("_seed", ", seed "), " ".join(f"{s:.2f}" for s in m["cluster_shares"]),
-                     f"{m['cluster_collisions']:.1%}", f"{m['cluster_halves']:.1%}", *(f"{m[key]:.3f}" for key in keys),
-                     f"{m['nll'] - m['base_nll']:.3f}", f"{m['nll_of_mean_router'] - m['base_nll']:.3f}"])
+                     f"{m['cluster_collisions']:.1%}", f"{m['cluster_halves']:.1%}",
+                     *(f"{round(value, 3) + 0.0:.3f}" for value in (
+                         *(m[key] for key in keys), m["nll"] - m["base_nll"], m["nll_of_mean_router"] - m["base_nll"]))])
     return table(["run", "shares of the clusters", "collide", "halves agree", "alignment", "full coverage",
                   "information, base", "information, router", "TV per input", "NLL gap", "NLL gap, mean router"], rows)
 
