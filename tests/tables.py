@@ -216,7 +216,7 @@ def shares_table():
         rows.append([name.replace("_seed", ", seed "), " ".join(f"{s:.2f}" for s in m["cluster_shares"]),
                      f"{m['cluster_collisions']:.1%}", f"{m['cluster_halves']:.1%}",
                      *(f"{round(value, 3) + 0.0:.3f}" for value in (
-                         *(m[key] for key in keys), m["nll"] - m["base_nll"], m["nll_of_mean_router"] - m["base_nll"]))])
+                         *map(m.get, keys), m["nll"] - m["base_nll"], m["nll_of_mean_router"] - m["base_nll"]))])
     return table(["run", "shares of the clusters", "collide", "halves agree", "alignment", "full coverage",
                   "information, base", "information, router", "TV per input", "NLL gap", "NLL gap, mean router"], rows)
 
