@@ -146,7 +146,7 @@ class Cells(nn.Module):
         self.centres[:, :K - 1] = math.sqrt(K * (1 - std ** 2)) * simplex
         z = torch.randn(2 ** 14, D, generator=seeded(0))
         scores = -torch.cdist(z, self.centres).square() / std ** 2
-        shifted = balanced_responsibilities(scores, share.log(), iterations=300)
+        shifted = balanced_responsibilities(scores, share.log(), iterations=1000)
         self.offset.copy_(std ** 2 * (shifted - scores)[0])  # up to a constant, the same for all
         if self(self.centres).tolist() != list(range(K)):
             fail("config key 'z_dim': clusters of such unequal shares have no cells of their own "
