@@ -31,7 +31,9 @@ SHORT = [(train_base, ["configs/tiny_base.py", "--steps=3", "--eval_every=2", "-
 VALUES = {int: ["-1", "0", "1", "2", "3", "5", "64", "100000000"], bool: ["True", "False"],
           float: ["-1", "0", "1e-30", "0.3", "1", "7", "1e30", "1e-400"],
           str: ["muon", "grid_pathfinding", "configs/tiny_base.py", "a/b", "..", "x" * 300],
-          list | None: ["None", "[]", "[1.0, 2.0, 3.0]", "[0.5, 0.5, 0]", "[1e-300, 1, 1]", "[1.0, 1.0]"],
+          list | dict | None: ["None", "[]", "{}", "[1.0, 2.0, 3.0]", "[0.5, 0.5, 0]", "[1e-300, 1, 1]", "[1.0, 1.0]",
+                              "{'wide': [1, 2, 3], 'tall or square': [3, 0, 1]}", "{'wide': [1, 2, 3]}", "{1: 2}"],
+         list: ["[]", "['separators']", "['separators', 'operands']", "['x']", "[1]", "[[]]"],
           dict: ["{}", "{'side': 4}", "{'side': 0}", "{'max_distance': 99}", "{'side': 'a'}", "{1: 2}"]}
 MAY_BE_HUGE = {"seed", "eval_every", "save_every", "fixed_label_steps", "responsibility_steps", "cell_steps", "warmup",
                "crop", "chunks", "n_latents", "n_head"}  # others, valid but huge, would take hours or all memory
