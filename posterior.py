@@ -289,8 +289,9 @@ def search(features, x_index, K, generator):
         merged[:, a] += r[:, b]
         other = split(features, refine(v, merged, x_index), a, x_index, generator)
         other = refine(v, other, x_index, exclusive=True)
-        if spread(v, other, x_index) < least - 0.02:
-            least, r, tries = spread(v, other, x_index), other, 0
+        left = spread(v, other, x_index)
+        if left < least - 0.02:
+            least, r, tries = left, other, 0
     return least, r
 
 
