@@ -251,7 +251,8 @@ def cluster_responses(features, x_index, K, seed, searches):
     there are clusters. More clusters than strategies split one by what its inputs look like; they
     collide as little, and this is why the fewest are taken.
     """
-    halves = (x_index >= 0, x_index % 2 == 0, x_index % 2 == 1)  # all, and either half
+    half = torch.randperm(int(x_index.max()) + 1, generator=seeded(seed))[x_index] % 2 == 0
+    halves = (x_index >= 0, half, ~half)  # all, and either half of the inputs
     parts = [(features[part], x_index[part].unique(return_inverse=True)[1]) for part in halves]
     for k in (K,) if K else range(2, 11):
         jobs = [(i, 1000 * seed + j) for i in range(3) for j in range(searches)]

@@ -256,7 +256,7 @@ def growth_alone(monkeypatch):
 @functools.cache
 def found(appears, S=3, wordings=1):
     """Clusters of made-up responses, the features, which input they answer, and their strategies."""
-    made = responses(appears, S=S, wordings=wordings, n=200 if appears is often_alone else 100)
+    made = responses(appears, S=S, wordings=wordings, n=100 if appears in (everywhere, two_or_more) else 200)
     return cluster_responses(*made[:2], S, seed=0, searches=1), *made
 
 
@@ -299,6 +299,22 @@ def test_responses_that_no_number_of_clusters_tells_apart_are_one_line(growth_al
     assert "\n" not in exit.value.code
 
 
+def test_halves_are_drawn_whatever_the_order_of_the_inputs_means(monkeypatch):
+    """Every second input, as one half, could be all that lack a strategy. Each input is in one half."""
+    parts = []
+
+    def fake(features, x_index, K, generator):
+        parts.append(set(features[:, 0].long().tolist()))
+        return 0.0, F.one_hot(x_index % K, K).float()
+
+    monkeypatch.setattr(posterior, "search", fake)
+    x_index = torch.arange(40).repeat_interleave(2)
+    cluster_responses(x_index[:, None].float(), x_index, 2, seed=0, searches=1)
+    whole, one, other = sorted(parts, key=len, reverse=True)
+    assert one | other == whole == set(range(40)) and not one & other and len(one) == 20
+    assert {x % 2 for x in one} == {x % 2 for x in other} == {0, 1}
+
+
 def test_halves_of_the_inputs_do_not_agree_on_clusters_of_noise(growth_alone):
     clusters = cluster_responses(*pure_noise(60, 6, 12), 3, seed=0, searches=1)
     assert clusters.halves < 0.6
@@ -327,6 +343,7 @@ def test_what_is_said_of_clusters_is_counted_right(monkeypatch):
         return 3.0 if worse else float(j != 7001), F.one_hot(found, K).float()
 
     monkeypatch.setattr(posterior, "search", fake)
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))  # inputs 0 and 2 are a half
     found = cluster_responses(cluster[:, None].float(), x_index, 3, seed=7, searches=3)
     assert sorted(called) == [(n, j, 3) for n in (4, 6, 10) for j in (7000, 7001, 7002)]
     assert found.r.argmax(dim=1).tolist() == cluster.tolist()
