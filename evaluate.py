@@ -168,20 +168,16 @@ def information(p, weight=None):
 @torch.no_grad()
 def without_labels(model, q, base, task, tokenizer, xs, seed):
     """What can be said of forced z where nobody knows the strategies: the share of different y among the K of an x, and
-    how often q finds from y the z that it was made under. A y with tokens of no base is not found."""
-    K = model.config.n_latents
-    plain = Tokenizer(task.vocab)
+    how often q finds from y, without tokens that no base has, the z that it was made under."""
+    K, plain = model.config.n_latents, Tokenizer(task.vocab)
     prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
     ys = [tuple(y) for y in sample_ys(model, tokenizer, prompts, seeded(seed))]
     different = sum(len(set(ys[i:i + K])) for i in range(0, len(ys), K)) / len(ys)
-    rows = [i for i, y in enumerate(ys) if set(y) <= set(plain.ids)]
-    if not rows:
-        return {"distinct_outputs": different, "consistency": 0.0}
-    records = [plain.record(xs[i // K], ys[i])[:base.config.block_size] for i in rows]
-    pairs = as_pairs(records, [len(plain.prompt(xs[i // K])) for i in rows])
+    records = [plain.record(xs[i // K], filter(plain.ids.get, y))[:base.config.block_size] for i, y in enumerate(ys)]
+    pairs = as_pairs(records, [len(plain.prompt(x)) for x in xs for _ in range(K)])
     pairs = pairs._replace(b=score_base(base, pairs))
-    found = q.read(q.all_features(pairs)).argmax(dim=1)
-    return {"distinct_outputs": different, "consistency": (found == torch.tensor(rows) % K).sum().item() / len(ys)}
+    right = q.read(q.all_features(pairs)).argmax(dim=1) == torch.arange(len(ys)) % K
+    return {"distinct_outputs": different, "consistency": right.float().mean().item()}
 
 
 def total_variation(p, q):
@@ -380,8 +376,7 @@ def evaluate(folder, seed=0):
              for s, share, base_share in zip(task.strategies, shares, base_shares)]
     log = runs.read_log(folder)
     if log and log[-1]["minutes"] == checkpoint["last_log"]["minutes"]:
-        figures.draw_training(log, None if D else one_to_one_matching(C)[1], task.strategies,
-                              os.path.join(folder, "training.png"))
+        figures.draw_training(log, os.path.join(folder, "training.png"))
     else:
         print(f"no training.png: {folder}/log.jsonl is of another run than ckpt.pt")
     if D:
@@ -421,8 +416,8 @@ def trace_lines(y):
 
 def show(run, xs):
     """Prints, for every x, the trace under every z side by side, the likeliest token at a time, with the strategy it
-    follows. A continuous z takes the places at which the router's samples have each strategy on average, then those on
-    the way between two. run: what load_run returns."""
+    follows. A continuous z takes the places at which the router's samples have each strategy on average. run: what
+    load_run returns."""
     _, _, task, tokenizer, model, _ = run
     K = model.config.n_latents
     names, z = [f"<z{k + 1}>" for k in range(K)], None
@@ -442,13 +437,6 @@ def show(run, xs):
         print(f"\nx = {' '.join(x)}")
         for i in range(max(map(len, columns))):
             print("  " + " | ".join((c[i] if i < len(c) else "").ljust(w) for c, w in zip(columns, widths)).rstrip())
-        if z is not None and len(z) > 1:
-            way = torch.linspace(0, 1, 11)[:, None]
-            line = z[0] + way * (z[1] - z[0])
-            ys = sample_ys(model, tokenizer, 11 * [prompts[0]], seeded(0), temperature=0, z=line)
-            print(f"  on the way from z of {there[0]} to z of {there[1]}:")
-            for t, y in zip(way[:, 0].tolist(), ys):
-                print(f"    {t:.1f} {strategy_of(task, x, y)}")
 
 
 def strategy_of(task, x, y):

@@ -35,7 +35,7 @@ from tasks import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    base: str  # config file of the base model, which is trained first if its checkpoint is missing
+    base: str  # config file of the base model, and flags; trained first if its checkpoint is missing
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     z_dim: int = 0  # D, the size of a continuous z; 0: discrete latents
     n_latents: int = 0  # K, the number of clusters, and of discrete latents; 0: found by clustering
@@ -404,9 +404,10 @@ def report(cfg, bar, entry):
 
 # ------------------------------------------------------------- the config
 def load_base_config(cfg):
+    path, *flags = cfg.base.split(" --")  # no shell takes it apart
     shared = ("threads", "device", "precision", "resume")
-    flags = [f"--{key}={getattr(cfg, key)}" for key in shared]
-    return config.load(train_base, [cfg.base, *flags])
+    flags += [f"{key}={getattr(cfg, key)}" for key in shared]
+    return config.load(train_base, [path, *(f"--{flag}" for flag in flags)])
 
 
 def check(cfg):

@@ -20,6 +20,7 @@ keeps the positions at which the base learned to read it. The router is what the
 
 A continuous z has <z_empty> in the place of <z3>, and E(z), a vector of width C, is added to its embedding.
 """
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -132,13 +133,9 @@ class GPT(nn.Module):
         states = [self.embed(ids)]
         if z is not None:
             states[0] = states[0] + (ids == Z_EMPTY)[..., None] * self.embed_z(z)[:, None]
-        if caches:  # of sampling: in float32
-            for block, cache in zip(self.blocks, caches):
+        with contextlib.nullcontext() if caches else parallel.autocast():  # samples are of float32
+            for block, cache in zip(self.blocks, caches or len(self.blocks) * [None]):
                 states.append(block(states[-1], cos, sin, mask, cache))
-            return states
-        with parallel.autocast():
-            for block in self.blocks:
-                states.append(block(states[-1], cos, sin, mask))
         return states
 
     def logits(self, hidden):
@@ -174,28 +171,21 @@ def gaussian(raw):
 
 
 class KVCache:
-    """Keys and values of one layer, written in place: (B, nh, room, hs) each. The room doubles when it is used up."""
+    """Keys and values of one layer, written in place: (B, nh, room, hs) each."""
 
-    def __init__(self):
-        self.k = self.v = None
-        self.length = 0
+    def __init__(self, *shape):
+        self.k, self.v, self.length = torch.empty(shape), torch.empty(shape), 0
 
     def append(self, k, v):
         start, self.length = self.length, self.length + k.shape[2]
-        if start == 0 or self.length > self.k.shape[2]:
-            self.k, self.v = self.with_room(self.k, k), self.with_room(self.v, v)
         self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
-    def with_room(self, old, new):
-        B, nh, _, hs = new.shape
-        room = new.new_empty(B, nh, 2 * self.length, hs)
-        if old is not None:
-            room[:, :, :old.shape[2]] = old
-        return room
-
     def keep(self, rows):
-        self.k, self.v = self.k[rows], self.v[rows]
+        n, there = int(rows.sum()), slice(self.length)
+        for old in (self.k, self.v):
+            old[:n, :, there] = old[rows, :, there]
+        self.k, self.v = self.k[:n], self.v[:n]
 
 
 @torch.no_grad()
@@ -217,7 +207,8 @@ def sample(model, prompts, generator, temperature=1.0, z=None):
     assert room > 0, f"prompt of {longest} tokens leaves no room in block_size {config.block_size}"
     tokens = torch.full((len(prompts), room), PAD, device=device)
     logps = torch.zeros(len(prompts), room, device=device)
-    caches = [KVCache() for _ in model.blocks]
+    shape = len(prompts), config.n_head, longest + room, config.n_embd // config.n_head
+    caches = [KVCache(*shape) for _ in model.blocks]
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the shrinking batch belongs to
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows that have not sampled <eos> yet
     real = ids != PAD  # (B, columns): the keys that may be attended to

@@ -16,7 +16,10 @@ def draw_matching(C, matching, strategies, path):
     """Heat map of C[z, s], the share of test inputs on which forced z gives strategy s; matching[z], a strategy or
     None, is framed."""
     figure, axis = new_figure(1.6 + 1.1 * len(strategies), 1.6 + 0.6 * len(C))
-    draw_map(axis, C, strategies, range(len(C)), "share of test inputs solved by each strategy, z forced")
+    axis.imshow(C.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axis.set_xticks(range(len(strategies)), strategies, rotation=40, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(C)), [f"<z{k + 1}>" for k in range(len(C))])
+    axis.set_title("share of test inputs solved by each strategy, z forced", fontsize=10)
     for k, match in enumerate(matching):
         for s in range(len(strategies)):
             axis.text(s, k, f"{C[k, s]:.2f}", ha="center", va="center", color="white" if C[k, s] > 0.6 else "black")
@@ -68,13 +71,10 @@ def draw_latent_space(means, labels, z, found, strategies, path):
     figure.savefig(path, dpi=120)
 
 
-def draw_training(log, matching, strategies, path):
-    """Entries of log.jsonl: R / c_base and KL, every term's share of J, alignment and coverage, against the step. Where
-    z is discrete also C[z, s] at up to five evaluations, the first and the last included: the share of validation
-    inputs on which forced z gave strategy s, latents in the order of matching[z], the strategy of each, or None."""
+def draw_training(log, path):
+    """Entries of log.jsonl: R / c_base and KL, every term's share of J, and what evaluations found, against the step."""
     evaluated = [e for e in log if "local_strategy_coverage_mean" in e]
-    n = min(5, len(evaluated)) if matching else 0
-    figure, axes = new_figure(13 + 1.9 * n, 3.6, 3 + n, width_ratios=3 * [3] + n * [1.4])
+    figure, axes = new_figure(13, 3.6, 3)
     steps = [e["step"] for e in log]
     axes[0].plot(steps, [e["normalized_reconstruction"] for e in log], label="R / c_base")
     axes[0].plot(steps, [e["kl"] for e in log], label="KL(q || p), nats")
@@ -90,52 +90,36 @@ def draw_training(log, matching, strategies, path):
         if found:
             axes[2].plot(*zip(*found), marker=".", label=label)
     axes[2].set_ylim(-0.03)
-    for axis in axes[:3]:
+    for axis in axes:
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
-    order = sorted(range(len(matching or ())), key=lambda k: (matching[k] is None, matching[k] or 0))
-    for i, axis in enumerate(axes[3:]):
-        entry = evaluated[i * (len(evaluated) - 1) // max(n - 1, 1)]
-        draw_map(axis, torch.tensor(entry["strategy_by_latent"])[order], strategies, order, f"step {entry['step']}")
     figure.savefig(path, dpi=120)
-
-
-def draw_map(axis, C, strategies, latents, title):
-    axis.imshow(C.cpu().numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    axis.set_xticks(range(len(strategies)), strategies, rotation=40, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(latents)), [f"<z{k + 1}>" for k in latents])
-    axis.set_title(title, fontsize=10)
 
 
 def draw_traces(x, of_base, of_latents, strategies, path):
     """The idea in one picture: for one x, independent samples of the base beside one sample under each of z1 ... zK.
     of_base, of_latents: for every sample its strategy, by which it is coloured, and its lines of text."""
-    samples, K = of_base + of_latents, len(of_base)
+    K, samples = len(of_base), of_base + of_latents
     columns = [[part for line in lines for part in textwrap.wrap(line, 30)] for _, lines in samples]
+    height = max(map(len, columns))
     # places are in characters and lines of a monospaced font, from the top left corner
-    widths = [max(14, *map(len, (*column, name))) + 2 for column, (name, _) in zip(columns, samples)]
-    total, bottom = sum(widths) + 2 * K + 8, max(map(len, columns)) + 7.5
-    figure, axis = new_figure(0.084 * total, 0.18 * bottom)
+    widths = [max(14, *map(len, (*column, name))) for column, (name, _) in zip(columns, samples)]
+    figure, axis = new_figure(0.084 * (sum(widths) + 3.5 * len(samples) + 8), 0.18 * (height + 9))
     axis.set_position([0, 0, 1, 1])
-    axis.set(xlim=(0, total), ylim=(bottom + 0.5, 0))
+    axis.set(xlim=(0, sum(widths) + 3.5 * len(samples) + 8), ylim=(height + 9, 0))
     axis.axis("off")
-
-    def write(left, row, text, **style):
-        axis.text(left, row, text, va="center", **{"family": "monospace", "fontsize": 10, **style})
-
-    left = 2
+    axis.text(3, 1, f"x = {x}", family="monospace", va="center")
+    left = 3
     for i, (column, (name, _), width) in enumerate(zip(columns, samples, widths)):
         left += 4 * (i == K)
         if i in (0, K):
-            title = ("the base: whichever comes up", "the factorization: z decides")[i == K]
-            write(left, 2.7, title, family="sans-serif", fontsize=12, weight="bold")
-        colour = f"C{strategies.index(name)}" if name in strategies else "gray"
-        axis.fill_between([left, left + width], 4, bottom, color=colour, alpha=0.13, linewidth=0)
-        axis.fill_between([left, left + width], 4, 6.4, color=colour, linewidth=0)
-        for row, text in enumerate((f"sample {i + 1}" if i < K else f"<z{i - K + 1}>", name)):
-            write(left + 1, row + 4.7, text, color="white", weight="bold")
-        for row, text in enumerate(column):
-            write(left + 1, row + 7.1, text)
-        left += width + 1
-    write(2, 1, f"x = {x}")
+            title = "the factorization: z decides" if i else "the base: whichever comes up"
+            axis.text(left, 3, title, fontsize=12, weight="bold", va="center")
+        head = [f"<z{i - K + 1}>" if i >= K else f"sample {i + 1}", name]
+        for lines, top, alpha, style in ((head, 5, 1, {"color": "white", "weight": "bold"}),
+                                         (column + [""] * (height - len(column)), 7.8, 0.13, {})):
+            colour = f"C{strategies.index(name)}" if name in strategies else "gray"
+            axis.text(left, top, "\n".join(line.ljust(width) for line in lines), family="monospace", va="top",
+                      bbox={"facecolor": colour, "alpha": alpha, "linewidth": 0}, **style)
+        left += width + 3.5
     figure.savefig(path, dpi=150)

@@ -45,7 +45,7 @@ def settings(result):
 
 def strategies(base):
     """How many strategies the task of a base's config file has."""
-    return len(TASKS[config.load(train_base, [os.path.join(ROOT, base)]).task].strategies)
+    return len(TASKS[config.load(train_base, [os.path.join(ROOT, base.split(" --")[0])]).task].strategies)
 
 
 def by_run(found):

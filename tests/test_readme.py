@@ -2,6 +2,7 @@
 import importlib
 import inspect
 import json
+import dataclasses
 import os
 import re
 import shlex
@@ -55,7 +56,7 @@ def code_of(text):
 def commands(text):
     """The commands of a page that start a script of ours: [script, arguments], without comments and redirections."""
     found = []
-    for line in code_of(text):
+    for line in code_of(re.sub(r" \\\n *", " ", text)):  # a command may go on in the next line
         for part in re.split(r" && | ; | \| | > ", line):
             words = shlex.split(part, comments=True) if part.strip().startswith(("python ", "torchrun ")) else []
             script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
@@ -128,6 +129,7 @@ def test_every_command_names_scripts_configs_and_flags_that_exist(page):
             cfg = config.load(module, [os.path.join(ROOT, args[0]), *flags])
             if module is factorize:
                 factorize.check(cfg)
+                factorize.load_base_config(dataclasses.replace(cfg, base=os.path.join(ROOT, cfg.base)))
         elif script == "evaluate.py":
             run, *flags = args
             name = run.removeprefix("out/")
