@@ -32,12 +32,11 @@ SAMPLES = 16  # z of the router for every x, where z is continuous
 
 def different_inputs(task, n, split):
     """Up to n different inputs, the same ones on every call; fewer where the task has no more."""
-    rng, found = random.Random("inputs"), {}
-    for _ in range(20 * n):
+    rng, found, in_vain = random.Random("inputs"), {}, 0
+    while len(found) < n and in_vain < 10 * len(found) + 100:
         x = task.sample_input(rng, split)
+        in_vain = in_vain + 1 if tuple(x) in found else 0
         found[tuple(x)] = x
-        if len(found) == n:
-            break
     return list(found.values())
 
 

@@ -27,8 +27,8 @@ from harness import config, parallel, runs
 from harness.config import Count, Weight, at_least, between, fail
 from harness.optim import make_optimizers, set_learning_rates, update
 from harness.parallel import seeded, sum_chunks
-from model import (Pairs, fit_latent_section, gaussian, in_chunks, log_likelihood, sample_pairs,
-                   score_latents, score_router)
+from model import (Pairs, gaussian, in_chunks, log_likelihood, sample_pairs, score_latents,
+                   score_router)
 from posterior import Posterior, start_posterior
 from tasks import Tokenizer
 
@@ -43,7 +43,6 @@ class Config:
     batch_size: Count = 64  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: Count = 512  # pairs sampled and labelled at a time; each is used once
     chunks: Count = 8  # parts of a batch, at least; more take less memory
-    section_steps: int = 60  # steps that fit <z> z </z> to leave the base's p(y|x) as it was
     # clusters
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: q's head stays random
     cluster_responses: at_least(2) = 12  # responses to each of them
@@ -276,6 +275,8 @@ def factorize(cfg):
     """Runs the recipe of cfg and leaves its run folder; returns the path of the folder."""
     base_cfg = load_base_config(cfg)
     check(cfg)  # whatever is wrong is said before a base is trained
+    if base_cfg.name == cfg.name:
+        fail(f"config key 'name': the run and its base cannot share out/{cfg.name}")
     parallel.start(cfg.threads, cfg.device, cfg.precision)
     with runs.Run(cfg) as run:
         base, task, base_checkpoint = train_base.get_base(base_cfg, cfg.base)
@@ -292,8 +293,6 @@ def factorize(cfg):
                       for p in group["params"] if p.requires_grad]
         if run.state:
             pool, labels = resume(run, model, q, optimizers, base_checkpoint)
-        else:
-            found["start_nll_error"] = start(run, model, base, task)
         c_base = base_checkpoint["c_base"]
         bar = run.steps()
         for step in bar:
@@ -350,24 +349,6 @@ def find_clusters(run, q, base, task):
         print(f"{cfg.name}: clusters that half of the inputs do not confirm are not to be trusted: "
               "more cluster_inputs, or another n_latents, may help", flush=True)
     return share, found | {"cluster_shares": share.tolist()}
-
-
-def start(run, model, base, task):
-    """Fits the latent section of the model. Returns how far the new model is from the base: max_z
-    |NLL of y given (x, z) - NLL of the base| as a share of the latter, over samples of the base;
-    z ~ N(0, I) where it is continuous."""
-    cfg = run.cfg
-    for_section, others = (sample_responses(base, task, cfg.pool_size, 1, f"{name} {cfg.seed}")
-                           for name in ("section", "start"))
-    fit_latent_section(model, for_section, cfg.section_steps)
-    z = [torch.randn(len(others.ids), 3, cfg.z_dim)] if cfg.z_dim else []
-    nll = -log_likelihood(model, others, *z).mean(dim=0)  # of every z
-    base_nll = others.b.sum(dim=1).mean()
-    start_nll_error = ((nll - base_nll).abs().max() / base_nll).item()
-    what = f"z in {cfg.z_dim} dimensions" if cfg.z_dim else f"{model.config.n_latents} latents"
-    print(f"{cfg.name}: {what} for {task.name}, base at {base_nll:.3f} nats a solution; with "
-          f"<z> z </z> inserted at most {start_nll_error:.1%} away", flush=True)
-    return start_nll_error
 
 
 def resume(run, model, q, optimizers, base_checkpoint):

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from harness import parallel
-from harness.parallel import map_chunks, seeded, sum_chunks
+from harness.parallel import map_chunks, seeded
 from tasks import EOS, PAD, X_END, Z, Z_EMPTY, Z_END
 
 
@@ -153,14 +153,21 @@ class GPT(nn.Module):
 
     def with_latents(self, n_latents, z_dim=0):
         """A copy of this model whose vocabulary ends in n_latents new tokens, or which takes a vector z of size z_dim
-        at <z_empty>. The base never saw '<z> z </z>': fit_latent_section must follow."""
+        at <z_empty>. '<z> z </z>', which it never saw, starts as a small </x>, and z as a little noise on top."""
         config = replace(self.config, vocab_size=self.config.vocab_size + n_latents, n_latents=n_latents, z_dim=z_dim)
         model, state = GPT(config), self.state_dict()
-        embed = torch.cat((state["embed.weight"], torch.zeros(n_latents, config.n_embd)))
-        embed[[Z, Z_EMPTY, Z_END]] = 0.2 * state["embed.weight"][X_END]  # small embeddings turn faster
+        slot = 0.2 * state["embed.weight"][X_END]  # small embeddings turn faster
+        noise = 0.1 * slot.std().item()
+        embed = torch.cat((state["embed.weight"], slot + noise * torch.randn(n_latents, config.n_embd)))
+        embed[[Z, Z_EMPTY, Z_END]] = slot
         # as outputs, the new tokens are as unlikely as <z_empty>, which the base never saw
         head = torch.cat((state["head.weight"], state["head.weight"][Z_EMPTY].expand(n_latents, -1)))
         model.load_state_dict({**model.state_dict(), **state, "embed.weight": embed, "head.weight": head})
+        if z_dim:
+            hidden, _, out = model.embed_z
+            nn.init.normal_(hidden.weight)  # z is N(0, I): hidden units bend all over its space
+            nn.init.normal_(hidden.bias)
+            nn.init.normal_(out.weight, std=noise / math.sqrt(out.in_features))
         return model
 
 
@@ -203,8 +210,9 @@ def sample(model, prompts, generator, temperature=1.0, z=None):
     longest = max(map(len, prompts))
     ids = torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts], device=device)
     positions = model.positions(ids)
-    room = config.block_size - 1 - int(positions.max())  # how many tokens the longest prompt can be continued by
-    assert room > 0, f"prompt of {longest} tokens leaves no room in block_size {config.block_size}"
+    rooms = config.block_size - 1 - positions[:, -1]  # how many tokens each prompt can be continued by
+    assert rooms.min() > 0, f"prompt of {longest} tokens leaves no room in block_size {config.block_size}"
+    room = int(rooms.max())
     tokens = torch.full((len(prompts), room), PAD, device=device)
     logps = torch.zeros(len(prompts), room, device=device)
     shape = len(prompts), config.n_head, longest + room, config.n_embd // config.n_head
@@ -225,15 +233,15 @@ def sample(model, prompts, generator, temperature=1.0, z=None):
             token = (logp / temperature - torch.log(-torch.log(uniform.clamp(min=1e-20)))).argmax(dim=-1)
         tokens[rows[going], t] = token[going]
         logps[rows[going], t] = logp.gather(1, token[:, None])[going, 0]
-        going = going & (token != EOS)
-        if t + 1 == room or not going.any():
+        going = going & (token != EOS) & (rooms[rows] > t + 1)
+        if not going.any():
             break
         if going.sum() < 0.75 * len(going):  # dropping rows copies the caches: worth it for many rows at a time
             rows, token, real, positions = rows[going], token[going], real[going], positions[going]
             for cache in caches:
                 cache.keep(going)
             going = going[going]
-        positions = positions[:, -1:] + model.takes_position(token[:, None])
+        positions = (positions[:, -1:] + model.takes_position(token[:, None])).clamp(max=config.block_size - 1)
         real = torch.cat((real, real.new_ones(len(rows), 1)), dim=1)
         hidden = model.hidden_states(token[:, None], positions, real[:, None, None], caches)[-1][:, -1]
     return tokens[:, :t + 1], logps[:, :t + 1]
@@ -364,32 +372,3 @@ def score_router(model, pairs):
     ids, rows = pairs.ids[:, :int(pairs.starts.max())].clone(), torch.arange(len(pairs.ids), device=pairs.ids.device)
     ids[rows, pairs.starts - 1] = Z  # in the place of <y>; what stands behind it is not seen, by causality
     return model.route(model.hidden_states(ids)[-1][rows, pairs.starts - 1])
-
-
-def fit_latent_section(model, pairs, steps, batch=32, lr=0.01):
-    """Fits the embeddings of '<z> <z_empty> </z>' so that samples `pairs` of the base stay as likely as without them.
-    Nothing else changes. Then every latent starts as <z_empty> with a little noise that tells them apart, or E(z) as
-    such a noise."""
-    weight = model.requires_grad_(False).embed.weight.requires_grad_(True)
-    optimizer = torch.optim.Adam([weight], lr)
-    frozen = torch.ones(len(weight), dtype=torch.bool).index_fill(0, torch.tensor([Z, Z_EMPTY, Z_END]), False)
-
-    def gradient(rows):
-        latents = torch.full((len(rows), 1), Z_EMPTY)
-        return torch.autograd.grad(score_latents(model, pairs.rows(rows), latents)[0].sum() / batch, weight)
-
-    for step in range(steps):
-        rows = torch.arange(step * batch, (step + 1) * batch) % len(pairs.ids)
-        weight.grad, = sum_chunks(gradient, rows.tensor_split(max(4, parallel.processes)))
-        weight.grad[frozen] = 0  # Adam leaves alone what never had a gradient
-        optimizer.step()
-    weight.grad = None
-    with torch.no_grad():
-        n_latents, slot = model.config.n_latents, weight[Z_EMPTY]
-        weight[len(weight) - n_latents:] = slot + 0.1 * slot.std() * torch.randn(n_latents, model.config.n_embd)
-        if model.config.z_dim:
-            hidden, _, out = model.embed_z
-            nn.init.normal_(hidden.weight)  # z is N(0, I): hidden units bend all over its space
-            nn.init.normal_(hidden.bias)
-            nn.init.normal_(out.weight, std=0.1 * slot.std().item() / math.sqrt(out.in_features))
-    return model.requires_grad_(True)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import losses
 from harness.config import fail
 from harness.parallel import map_chunks, seeded, sum_chunks
-from losses import balanced_responsibilities, token_weights
+from losses import token_weights
 from model import gaussian, in_chunks
 from tasks import PAD
 
@@ -137,8 +137,9 @@ class Cells(nn.Module):
     def place(self, share, std):
         """For clusters of these shares (K,), and posteriors of standard deviation `std` around
         their centres. These are the corners of a simplex around the origin of K - 1 dimensions, so
-        far out that z has variance 1 in every one of them, if the shares are equal. The offsets are
-        what Sinkhorn [1] adds to the scores of draws of N(0, I), in units of squared distance."""
+        far out that z has variance 1 in every one of them, if the shares are equal. The offsets, in
+        units of squared distance, are potentials of optimal transport [1] from draws of N(0, I): at
+        the minimum of its dual, cells have the clusters' shares."""
         K, D = self.centres.shape
         if D < K - 1:
             fail(f"config key 'z_dim': {K} clusters need at least {K - 1} dimensions, got {D}")
@@ -146,8 +147,18 @@ class Cells(nn.Module):
         self.centres[:, :K - 1] = math.sqrt(K * (1 - std ** 2)) * simplex
         z = torch.randn(2 ** 14, D, generator=seeded(0))
         scores = -torch.cdist(z, self.centres).square() / std ** 2
-        shifted = balanced_responsibilities(scores, share.log(), iterations=1000)
-        self.offset.copy_(std ** 2 * (shifted - scores)[0])  # up to a constant, the same for all
+        potential = torch.zeros(K, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [potential], max_iter=100, tolerance_change=0, line_search_fn="strong_wolfe")
+
+        @torch.enable_grad()
+        def dual():
+            value = (scores + potential).logsumexp(dim=1).mean() - share @ potential
+            potential.grad, = torch.autograd.grad(value, potential)
+            return value
+
+        optimizer.step(dual)
+        self.offset.copy_(std ** 2 * potential)
         if self(self.centres).tolist() != list(range(K)):
             fail("config key 'z_dim': clusters of such unequal shares have no cells of their own "
                  "in a continuous z; discrete latents (z_dim = 0) have")

@@ -9,6 +9,7 @@ Strategy names exist to make the data for the base model and to score results; f
 import math
 import random
 import re
+import signal
 import zlib
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
@@ -534,6 +535,7 @@ TASKS = {name: task() for name, task in TASK_FUNCTIONS.items()}
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
     for task in TASKS.values():
         x = task.sample_input(random.Random(1))
         print(f"\n{task.name}   x = {' '.join(x)}")

@@ -242,6 +242,7 @@ def get_base(cfg, config_path):
     path = os.path.join("out", cfg.name, "ckpt.pt")
     if not os.path.exists(path):
         if os.path.exists(os.path.join(os.path.dirname(path), "log.jsonl")) and not cfg.resume:
+            runs.claim(os.path.dirname(path)).close()  # says so if it is in training
             fail(f"the base's run in '{os.path.dirname(path)}' is not finished: --resume=True goes on with it, "
                  f"python train_base.py {config_path} --overwrite=True starts it again")
         print(f"{path} is missing: training the base model first (python train_base.py {config_path})", flush=True)

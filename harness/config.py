@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import inspect
 import os
-import runpy
 import sys
 import types
 from typing import Annotated, Literal, get_args, get_origin
@@ -61,13 +60,15 @@ def usage(script):
 
 def assignments(path):
     """What a config file assigns, key -> value; imported modules and names with a leading _ are its own business."""
-    if not os.path.isfile(path):
+    if not os.path.exists(path) or os.path.isdir(path):  # a pipe is no file, but can be read
         folder = os.path.dirname(path) or "."
         there = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
         close = difflib.get_close_matches(path, there, n=1)
         fail(f"config file '{path}' does not exist" + (f", did you mean '{close[0]}'?" if close else ""))
+    assigned = {"__file__": path}
     try:
-        assigned = runpy.run_path(path)
+        with open(path) as f:
+            exec(compile(f.read(), path, "exec"), assigned)
     except Exception as e:
         fail(f"config file '{path}' cannot be run: {type(e).__name__}: {e}")
     return {key: value for key, value in assigned.items()
@@ -105,6 +106,10 @@ def load(script, argv):
             hint = f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(kinds)}"
             fail(f"unknown config key '{key}'{hint}")
         values[key] = check_value(key, value, kinds[key])
+    base = values.get("base", "").split(" --")[0]
+    if base and not os.path.exists(base):  # from another working directory: it may stand beside the config file
+        beside = os.path.join(os.path.dirname(path), os.path.basename(base))
+        values["base"] = values["base"].replace(base, beside, 1) if os.path.exists(beside) else values["base"]
     if values["name"] != os.path.basename(values["name"]) or values["name"] in ("", ".", ".."):
         fail(f"config key 'name' names a folder in out/, got '{values['name']}'")
     for field in dataclasses.fields(script.Config):

@@ -1,5 +1,6 @@
 """The figures of a run, one function each, from arrays that evaluate.py hands over."""
 import math
+import os
 import textwrap
 
 import torch
@@ -7,7 +8,10 @@ import torch.nn.functional as F
 
 
 def new_figure(width, height, columns=1, **layout):
-    from matplotlib.figure import Figure  # here, because training needs no figures
+    os.environ["MPLBACKEND"] = "agg"  # no window, whatever a notebook's shell asks for
+    import matplotlib  # here, because training needs no figures
+    from matplotlib.figure import Figure
+    matplotlib.rcParams["text.parse_math"] = False  # a $ is a $
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots(1, columns, **layout)
 

@@ -26,6 +26,7 @@ def start(n_threads, device="cpu", precision="float32"):
     """Takes threads of one core each and a device into use, and joins the other processes if torchrun started some. How
     many threads there are changes no result by a bit."""
     global rank, processes, threads, kind, bfloat16
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     here = [each for each in there if there[each]]
     if device not in ("auto", *here):

@@ -6,6 +6,7 @@ A file is replaced only by one that is complete and safe on disk. A signal ends 
 it needs to go on; a crash loses the steps since the last saved state.
 """
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import torch
@@ -30,7 +32,7 @@ class Run:
     saved, or None. run.begin() comes first, run.end_of_step(...) after every step, run.finish(checkpoint) last."""
 
     def __init__(self, cfg):
-        self.cfg, self.folder, self.signals = cfg, os.path.join("out", cfg.name), []
+        self.cfg, self.folder, self.signals, self.stepping = cfg, os.path.join("out", cfg.name), [], False
         self.state_path = self.path("state.pt")
         self.made_with = provenance()  # now: another commit may be checked out when the run is evaluated
 
@@ -38,11 +40,14 @@ class Run:
         return os.path.join(self.folder, name)
 
     def __enter__(self):
+        self.lock = claim(self.folder)
         self.state = self.find_state()
-        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        listening = threading.current_thread() is threading.main_thread()  # no other thread is told of signals
+        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM) if listening}
         return self
 
     def __exit__(self, kind, error, trace):
+        self.lock.close()
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         if isinstance(error, OSError):  # the log, on a full disk
@@ -51,13 +56,18 @@ class Run:
             sys.exit(128 + self.signals[0])
 
     def note(self, number, frame):
-        """A first signal is noted, so that the step can be finished; a second one ends the program at once."""
-        if self.signals and parallel.processes == 1:  # torchrun repeats a signal at once
+        """A first signal is noted, so that the step can be finished; a second one, or one before the first step, ends
+        the program at once."""
+        if (self.signals or not self.stepping) and parallel.processes == 1:  # torchrun repeats a signal at once
             sys.exit(128 + number)
         self.signals.append(number)
         os.write(2, b"stopping after the next step; once more: at once\n")
 
     def find_state(self):
+        for path in (self.state_path, self.path("ckpt.pt")):
+            other = config_in(path)
+            if other and ("task" in other) != hasattr(self.cfg, "task"):
+                fail(f"'{path}' is of a {'base' if 'task' in other else 'factorization'}: give this run another --name")
         if self.cfg.resume and os.path.exists(self.state_path):
             state = load_checkpoint(self.state_path, "state")
             for key, value in dataclasses.asdict(self.cfg).items():
@@ -68,7 +78,8 @@ class Run:
         if self.cfg.resume and not self.cfg.overwrite and os.path.exists(self.path("ckpt.pt")):
             fail(f"'{self.folder}' holds a finished run and no saved state to go on from: python evaluate.py "
                  f"{self.folder} evaluates a factorization, --overwrite=True starts again")
-        if os.path.exists(self.path("log.jsonl")) and not self.cfg.resume and not self.cfg.overwrite:
+        there = os.path.exists(self.path("log.jsonl")) or os.path.exists(self.path("ckpt.pt"))
+        if there and not self.cfg.resume and not self.cfg.overwrite:
             fail(f"'{self.folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
 
     def begin(self):
@@ -95,7 +106,7 @@ class Run:
 
     def steps(self):
         """The steps that are left, with a progress bar where stdout is a terminal."""
-        first = self.state["step"] if self.state else 0
+        first, self.stepping = self.state["step"] if self.state else 0, True
         return tqdm(range(first, self.cfg.steps), desc=self.cfg.name, file=sys.stdout,
                     disable=not sys.stdout.isatty())
 
@@ -137,6 +148,34 @@ class Run:
         if parallel.rank == 0 and os.path.exists(self.state_path):
             os.remove(self.state_path)
         parallel.barrier()  # until the checkpoint is there for every process
+
+
+def claim(folder):
+    """Makes a run's folder. Whoever claims it holds a lock, which ends with the process; no other process can."""
+    if parallel.rank:
+        return open(os.devnull)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, "pid"), "a+")
+        lock.seek(0)
+        holder = lock.read()
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        return lock
+    except BlockingIOError:
+        fail(f"process {holder} is at work in '{folder}'")
+    except OSError as e:
+        fail(f"cannot work in '{folder}': {e}")
+
+
+def config_in(path):
+    """The config in a checkpoint or state; None where there is none that can be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["config"]
+    except Exception:
+        return None
 
 
 def training_state(model, optimizers):
@@ -210,9 +249,10 @@ def load_checkpoint(path, kind):
 
 
 def current_commit():
-    """The short hash of the commit that is checked out; "unknown" outside a repository, or without git."""
+    """The short hash of the commit that is checked out, "-dirty" where files of it are changed; "unknown" outside a
+    repository, or without git."""
     try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True,
                              cwd=os.path.dirname(__file__))
     except OSError:
         return "unknown"

@@ -111,11 +111,18 @@ def clusters(cfg):
             drawn = rng.choices(some, [weights(i)[s] for s in some], k=draws) if some else []
             rows += [rng.choice(there[s]) for s in drawn]
         rows = torch.tensor(rows)
-        for K in (0, S):
-            if K == 0 or len(share) != S:  # what was found for S is what it finds if S is told
-                share, clusters = start_posterior(q, pairs.rows(rows), rows // most, K, cfg.seed, cfg.cluster_searches,
-                                                  cfg.posterior_std)
-            found.setdefault(f"{name}_k", len(share))
+
+        def start(K):
+            return start_posterior(q, pairs.rows(rows), rows // most, K, cfg.seed, cfg.cluster_searches,
+                                   cfg.posterior_std)
+
+        try:
+            share, clusters = start(0)
+        except SystemExit:  # no K is right
+            share = ()
+        found[f"{name}_k"] = len(share)
+        if len(share) != S:  # else they are what it finds if S is told
+            share, clusters = start(S)
         labels = q.read(q.all_features(pairs.rows(rows))).argmax(dim=1)
         found |= {f"{name}_right": right(labels, truth[rows]), f"{name}_collisions": clusters.collisions,
                   f"{name}_agreement": clusters.agreement, f"{name}_halves": clusters.halves}

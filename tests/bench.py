@@ -269,7 +269,7 @@ def bench_pools(cfg, rows):
     stages = {"fixed labels": cfg.fixed_label_steps, "responsibilities": cfg.responsibility_steps}
     stages["ELBO"] = cfg.steps - sum(stages.values())
     a_pool, sample_responses, sampling, whole = cfg.pool_size // cfg.batch_size, factorize.sample_responses, [], []
-    flags = {"name": "bench", "overwrite": True, "n_latents": K, "cluster_inputs": 0, "section_steps": 1,
+    flags = {"name": "bench", "overwrite": True, "n_latents": K, "cluster_inputs": 0,
              "validation_inputs": 2, "steps": 4 * a_pool, "fixed_label_steps": 2 * a_pool,  # the first pool: warm-up
              "responsibility_steps": a_pool}
     for _ in range(ROUNDS):
@@ -344,7 +344,7 @@ def step_seconds(checkout, kind, base):
                    for path in glob.glob(os.path.join(checkout, pattern)))
     stages, name, n = STAGES[kind], base["config"]["name"], 2 * A_STAGE  # the first stage begins with a warm-up
     first = {"cell_steps": n} if kind == "continuous" else {"fixed_label_steps": n, "responsibility_steps": A_STAGE}
-    flags = first | {"steps": n + A_STAGE * (len(stages) - 1), "batch_size": 64, "pool_size": 512, "section_steps": 1,
+    flags = first | {"steps": n + A_STAGE * (len(stages) - 1), "batch_size": 64, "pool_size": 512,
                      "cluster_inputs": 48, "cluster_searches": 2, "validation_inputs": 2, "eval_inputs": 16}
     before = {new: old for old, new in RENAMED.items()}
     before |= {"cell_steps": "held_steps", "cluster_searches": "cluster_restarts"}

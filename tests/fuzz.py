@@ -23,7 +23,7 @@ import train_base
 from harness import config
 from kill import note
 
-FACTORIZATION = ["--steps=4", "--eval_every=2", "--cluster_inputs=12", "--cluster_searches=1", "--section_steps=2",
+FACTORIZATION = ["--steps=4", "--eval_every=2", "--cluster_inputs=12", "--cluster_searches=1", 
                  "--pool_size=32", "--eval_inputs=3", "--validation_inputs=2"]
 DISCRETE = ["configs/tiny_discrete.py", "--fixed_label_steps=1", "--responsibility_steps=2", *FACTORIZATION]
 SHORT = [(train_base, ["configs/tiny_base.py", "--steps=3", "--eval_every=2", "--eval_size=4", "--final_eval_size=4"]),

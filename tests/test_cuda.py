@@ -12,7 +12,7 @@ import torch
 import factorize
 from conftest import ROOT
 from harness import parallel
-from model import Pairs, fit_latent_section, log_likelihood, sample, score_base
+from model import Pairs, log_likelihood, sample, score_base
 from posterior import Posterior, cluster_responses
 from train_base import load_base
 
@@ -40,7 +40,6 @@ def parts(workplace):
     models = {}
     for kind, n_latents, z_dim in (("discrete", 3, 0), ("continuous", 0, 2)):
         model, q = base.with_latents(n_latents, z_dim), Posterior(base, 3, z_dim=z_dim)
-        fit_latent_section(model, pairs, steps=2)
         model.embed.weight.data[len(model.embed.weight) - n_latents:] += torch.randn(n_latents, 64)
         q.fit_statistics(pairs)
         if z_dim:

@@ -218,8 +218,8 @@ def test_a_solution_of_several_strategies_is_that_of_the_one_which_its_latent_me
 
 def test_without_labels_different_solutions_are_counted_and_latents_recognised(monkeypatch):
     """q reads the strategy's index from a record of the base, or the last where it follows none. Of the first input,
-    three solutions are right; of the second, two are the same, and a third has a latent token: q never sees it, nor
-    more than a block."""
+    three solutions are right; of the second, two are the same, and a third is right but for a latent token: q never
+    sees that, nor more than a block."""
     xs = evaluate.different_inputs(GRID, 2, "test")
     plain, tokenizer = tasks.Tokenizer(GRID.vocab), tasks.Tokenizer(GRID.vocab, 3)
     a, b = ([GRID.trace(x, s) for s in GRID.strategies] for x in xs)
@@ -239,10 +239,10 @@ def test_without_labels_different_solutions_are_counted_and_latents_recognised(m
 
     monkeypatch.setattr(evaluate, "score_base", lambda model, pairs: pairs.ids + 0.5 if model is base else None)
     found = scores(*a, b[0], b[0], [*b[2], "<z3>"])
-    assert found == {"distinct_outputs": pytest.approx(5 / 6), "consistency": pytest.approx(4 / 6)}
-    records = [plain.record(xs[0], y) for y in a] + 2 * [plain.record(xs[1], b[0])]
+    assert found == {"distinct_outputs": pytest.approx(5 / 6), "consistency": pytest.approx(5 / 6)}
+    records = [plain.record(xs[0], y) for y in a] + 2 * [plain.record(xs[1], b[0])] + [plain.record(xs[1], b[2])]
     assert [[t for t in row if t] for row in seen[0].ids.tolist()] == records
-    assert seen[0].starts.tolist() == 5 * [len(plain.prompt(xs[0]))] and torch.equal(seen[0].b, seen[0].ids + 0.5)
+    assert seen[0].starts.tolist() == 6 * [len(plain.prompt(xs[0]))] and torch.equal(seen[0].b, seen[0].ids + 0.5)
     found = scores(a[1], a[1], a[1], b[1], b[2], 70 * ["right"])
     assert found == {"distinct_outputs": pytest.approx(4 / 6), "consistency": pytest.approx(2 / 6)}
     assert seen[1].ids.shape == (6, 64)

@@ -19,7 +19,7 @@ def run_continuous(name, *flags):
     """Factorizes in process, into a z of two dimensions, every stage in two steps."""
     factorize.factorize(config.load(factorize, [
         "configs/tiny_continuous.py", f"--name={name}", "--steps=4", "--cell_steps=2", "--eval_every=2",
-        "--cluster_inputs=16", "--cluster_responses=6", "--cluster_searches=1", "--section_steps=2", "--pool_size=32",
+        "--cluster_inputs=16", "--cluster_responses=6", "--cluster_searches=1", "--pool_size=32",
         "--validation_inputs=4", "--chunks=1", "--overwrite=True", *flags]))
 
 

@@ -73,7 +73,7 @@ TINY_BASE = """n_layer = 2; n_head = 2; n_embd = 64; block_size = 64
 task_sizes = {"max_factor": 3}; steps = 150; batch_size = 64; eval_every = 150; final_eval_size = 100; chunks = 1
 """
 TINY = ["--steps=8", "--fixed_label_steps=4", "--responsibility_steps=2", "--pool_size=64", "--cluster_inputs=24",
-        "--cluster_responses=6", "--cluster_searches=1", "--section_steps=10", "--eval_every=8",
+        "--cluster_responses=6", "--cluster_searches=1", "--eval_every=8",
         "--validation_inputs=8", "--eval_inputs=8", "--eval_samples=2", "--chunks=1"]
 
 

@@ -9,7 +9,7 @@ import factorize
 import train_base
 from harness import config, parallel
 from harness.parallel import seeded
-from model import fit_latent_section, gaussian, score_latents
+from model import gaussian, score_latents
 from posterior import Posterior
 
 STAGES = {"fixed labels": 0, "responsibilities": 1, "ELBO": 2}  # the step of SHORT in which each is reached
@@ -82,7 +82,7 @@ def setting(flags, more, posterior):
     base, task, _ = train_base.load_base("out/tiny_base/ckpt.pt")
     torch.manual_seed(0)
     pairs = factorize.sample_responses(base, task, 10, 1, "gradient")
-    model = fit_latent_section(base.with_latents(0 if cfg.z_dim else 3, cfg.z_dim), pairs, steps=1)
+    model = base.with_latents(0 if cfg.z_dim else 3, cfg.z_dim)
     q = Posterior(base, 3, posterior, cfg.z_dim)
     q.fit_statistics(pairs)
     for p in [*model.parameters(), *q.head.parameters()]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (EPS, GPT, GPTConfig, Pairs, as_pairs, fit_latent_section, gaussian, in_chunks, insert_latents,
+from model import (EPS, GPT, GPTConfig, Pairs, as_pairs, gaussian, in_chunks, insert_latents,
                    log_likelihood, pad, sample, sample_in_batches, sample_pairs, score_base, score_latents,
                    score_router)
 from tasks import BOS, EOS, PAD, X, X_END, Y, Y_END, Z, Z_EMPTY, Z_END
@@ -241,43 +241,33 @@ def test_new_tokens_leave_the_base_as_it_was(model):
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
-def test_a_fresh_factorization_starts_at_the_base(trained):
-    """|NLL of y given (x, z_k) - base NLL of y| <= 5% for every k, on samples that '<z> z </z>' was not fitted to; the
-    latents differ, and a section of ordinary embeddings would have broken it."""
-    base, fitted_to, pairs = trained
+def test_a_fresh_factorization_starts_near_the_base(trained):
+    """|NLL of y given (x, z_k) - base NLL of y| <= 10% for every k; a section of ordinary embeddings, or one that takes
+    positions, would have broken it. Latents are <z_empty> with a tenth of its size as noise; E(z) is as small, for
+    z ~ N(0, I), and bends with z."""
+    base, _, pairs = trained
     pairs = pairs.rows(slice(256))
     torch.manual_seed(0)
     base_nll = score_base(base, pairs).sum(dim=1).mean()
 
-    def nll(model, z=None):
-        return score_latents(model, pairs, z)[0].detach().sum(dim=2).mean(dim=0)
+    def error(model, z=None):
+        nll = score_latents(model, pairs, z)[0].detach().sum(dim=2).mean(dim=0)
+        assert nll.unique().numel() == len(nll)
+        return ((nll - base_nll).abs() / base_nll).max()
 
-    model = fit_latent_section(base.with_latents(4), fitted_to, steps=50)
-    fresh = nll(model)
-    assert ((fresh - base_nll).abs() <= 0.05 * base_nll).all() and fresh.unique().numel() == 4
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    broken = base.with_latents(4).requires_grad_(False)
-    broken.embed.weight[[Z, Z_END, -4, -3, -2, -1]] = broken.embed.weight[[12, 13, 14, 15, 16, 17]]
-    assert (nll(broken) - base_nll).abs().min() > 0.05 * base_nll
-    model = fit_latent_section(base.with_latents(0, z_dim=3), fitted_to, steps=50)
-    fresh = nll(model, torch.cat([torch.zeros(256, 1, 3), torch.randn(256, 2, 3)], dim=1))
-    assert ((fresh - base_nll).abs() <= 0.05 * base_nll).all() and fresh.unique().numel() == 3
-
-
-def test_fitting_the_latent_section_moves_its_embeddings_and_nothing_else(trained):
-    """Latents are <z_empty> with a tenth of its size as noise; E(z) is as small, for z ~ N(0, I), and bends with z."""
-    base, fitted_to, _ = trained
-    torch.manual_seed(0)
+    model, V = base.with_latents(4), base.config.vocab_size
+    assert error(model) < 0.1
+    embed = model.embed.weight.detach()
+    noise = embed[V:] - embed[Z_EMPTY]
+    assert noise.std() == pytest.approx(0.1 * embed[Z_EMPTY].std().item(), rel=0.3)
+    with torch.no_grad():
+        model.embed.weight[[Z, Z_END, -4, -3, -2, -1]] = embed[[12, 13, 14, 15, 16, 17]]
+    assert error(model) > 0.1
     model = base.with_latents(4)
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    fit_latent_section(model, fitted_to, steps=3)
-    after, V = model.state_dict(), base.config.vocab_size
-    assert {name for name in after if not torch.equal(before[name], after[name])} == {"embed.weight"}
-    moved = (after["embed.weight"] != before["embed.weight"]).any(dim=1).nonzero()[:, 0]
-    assert moved.tolist() == [Z, Z_END, Z_EMPTY, *range(V, V + 4)]
-    noise = after["embed.weight"][V:] - after["embed.weight"][Z_EMPTY]
-    assert noise.std() == pytest.approx(0.1 * after["embed.weight"][Z_EMPTY].std().item(), rel=0.3)
-    model = fit_latent_section(base.with_latents(0, z_dim=3), fitted_to, steps=3).requires_grad_(False)
+    model.takes_position = lambda ids: ids != PAD
+    assert error(model) > 0.1
+    model = base.with_latents(0, z_dim=3).requires_grad_(False)
+    assert error(model, torch.cat([torch.zeros(256, 1, 3), torch.randn(256, 2, 3)], dim=1)) < 0.1
     z = torch.randn(1000, 3)
     size = (model.embed_z(z) - model.embed_z(torch.zeros(1, 3))).square().mean().sqrt()
     assert 0.05 < size / model.embed.weight[Z_EMPTY].std() < 0.3

@@ -15,7 +15,7 @@ from harness import config, parallel
 from model import GPT, GPTConfig, sample
 from tasks import SPECIALS
 
-SMALL = ["--steps=5", "--eval_every=5", "--pool_size=64", "--section_steps=2", "--cluster_inputs=16",
+SMALL = ["--steps=5", "--eval_every=5", "--pool_size=64", "--cluster_inputs=16",
          "--cluster_responses=6", "--cluster_searches=1", "--eval_inputs=4",
          "--validation_inputs=4", "--chunks=4", "--seed=1"]
 DISCRETE = ["--eval_samples=2", "--fixed_label_steps=2", "--responsibility_steps=2", "--router_marginal_kl_weight=0.3"]

@@ -28,7 +28,7 @@ MODULES |= {f"harness.{name}": importlib.import_module(f"harness.{name}") for na
 # Functions of losses.py that are no terms of the objective: parts of terms, labels, and what is measured.
 NO_TERMS = {"token_weights", "distillation", "balanced_responsibilities", "importance_weighted_bound"}
 SHORT = ["--overwrite=True", "--cluster_inputs=16", "--cluster_responses=6", "--cluster_searches=1",
-         "--section_steps=2", "--pool_size=64", "--eval_inputs=4"]
+         "--pool_size=64", "--eval_inputs=4"]
 ALL_TERMS = {  # every stage, and every term with a weight: one of weight 0 may be absent from the log
     "discrete": ["--steps=3", "--fixed_label_steps=1", "--responsibility_steps=1", "--eval_samples=2", "--jsd_weight=1",
                  "--router_marginal_kl_weight=1", "--token_weighted_weight=1", "--posterior_entropy_weight=1"],

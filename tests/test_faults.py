@@ -1,0 +1,201 @@
+"""What users of other projects report, tried here: shared names, two programs in one folder, odd shells and folders."""
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from matplotlib.text import Text
+
+import evaluate
+import factorize
+import train_base
+from conftest import ROOT
+from harness import config, figures, runs
+from harness.parallel import seeded
+from model import sample
+from tasks import EOS, PAD, Tokenizer
+from test_pipeline import SHORT, program, run
+
+BASE = ["configs/tiny_base.py", "--steps=2", "--eval_size=4", "--final_eval_size=4"]
+
+
+def bytes_of(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def fails(call, *says):
+    """The call ends in one line that says all this."""
+    with pytest.raises(SystemExit) as exit:
+        call()
+    assert "\n" not in exit.value.code and all(part in exit.value.code for part in says), exit.value.code
+
+
+def test_a_run_never_replaces_one_of_another_kind(workplace):
+    """Neither a finished one nor one in training, --overwrite or not; nor does a factorization share its base's name."""
+    run("kind")
+    shutil.copytree("out/tiny_base", "out/begun", dirs_exist_ok=True)
+    os.remove("out/begun/ckpt.pt")
+    state = runs.load_checkpoint("out/tiny_base/ckpt.pt", "base") | {"kind": "state"}
+    runs.save("out/begun/state.pt", state)
+    for name, path in (("tiny_base", "ckpt.pt"), ("begun", "state.pt")):
+        before = bytes_of(f"out/{name}/{path}")
+        flags = [*SHORT, f"--name={name}", "--base=configs/tiny_base.py --steps=160"]
+        fails(lambda: factorize.factorize(config.load(factorize, flags)), name, "name")
+        assert bytes_of(f"out/{name}/{path}") == before
+    before = bytes_of("out/kind/ckpt.pt")
+    fails(lambda: train_base.train(config.load(train_base, [*BASE, "--name=kind", "--overwrite=True"])),
+          "out/kind/ckpt.pt' is of a factorization")
+    assert bytes_of("out/kind/ckpt.pt") == before
+    flags = [*SHORT, "--name=new", "--base=configs/tiny_base.py --name=new"]
+    fails(lambda: factorize.factorize(config.load(factorize, flags)), "share out/new")
+    assert not os.path.exists("out/new")
+
+
+def test_a_checkpoint_that_stands_alone_is_a_run_as_well(workplace):
+    os.makedirs("out/alone", exist_ok=True)
+    shutil.copy("out/tiny_base/ckpt.pt", "out/alone/ckpt.pt")
+    fails(lambda: train_base.train(config.load(train_base, [*BASE, "--name=alone"])), "holds a run already")
+    assert bytes_of("out/alone/ckpt.pt") == bytes_of("out/tiny_base/ckpt.pt")
+
+
+@pytest.fixture
+def holder(workplace):
+    """A process that claims out/held, until it is killed."""
+    code = "from harness import runs; claimed = runs.claim('out/held'); print('ready', flush=True); input()"
+    held = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE,
+                            env=os.environ | {"PYTHONPATH": ROOT})
+    assert held.stdout.readline() == b"ready\n"
+    yield held
+    held.kill()
+    held.wait()
+
+
+def test_two_programs_do_not_share_a_folder(holder):
+    """The second one says which process is at work, also where it is the base that is in training; a claim ends with
+    its process, however that ends."""
+    base = config.load(train_base, [*BASE, "--name=held", "--overwrite=True"])
+    says = f"process {holder.pid} is at work in 'out/held'"
+    fails(lambda: train_base.train(base), says)
+    with open("out/held/log.jsonl", "w"):
+        flags = [*SHORT, "--name=second", "--base=configs/tiny_base.py --name=held --steps=2"]
+    fails(lambda: factorize.factorize(config.load(factorize, flags)), says)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    train_base.train(base)
+    assert os.path.exists("out/held/ckpt.pt")
+
+
+def test_a_run_gives_its_folder_back_however_it_ends(workplace):
+    cfg = config.load(train_base, [*BASE, "--name=again", "--overwrite=True"])
+    with pytest.raises(ZeroDivisionError), runs.Run(cfg):
+        1 / 0
+    with runs.Run(cfg):
+        fails(lambda: runs.claim("out/again"), str(os.getpid()))
+
+
+def test_a_signal_before_the_first_step_ends_the_program(workplace):
+    with pytest.raises(SystemExit) as exit, runs.Run(config.load(train_base, [*BASE, "--name=early"])):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert False, "goes on"
+    assert exit.value.code == 128 + signal.SIGTERM
+
+
+def test_a_run_works_in_a_thread(workplace):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run("thread")))
+    thread.start()
+    thread.join()
+    assert found and os.path.exists("out/thread/ckpt.pt")
+
+
+def test_samples_of_a_row_end_where_they_would_alone(workplace, monkeypatch):
+    """Each row has the room of its own prompt, up to the block, also beside a longer or a shorter one. The likeliest
+    tokens, among which there is no <eos>."""
+    base, task, _ = train_base.load_base("out/tiny_base/ckpt.pt")
+    prompt, logits = Tokenizer(task.vocab).prompt("0 1 to 2 3".split()), base.logits
+    endless = torch.zeros(base.config.vocab_size).index_fill(0, torch.tensor([EOS, PAD]), -torch.inf)
+    monkeypatch.setattr(base, "logits", lambda hidden: logits(hidden) + endless)
+    prompts = [prompt, 2 * prompt, prompt[:3]]
+    alone = [sample(base, [each], seeded(0), temperature=0)[0][0] for each in prompts]
+    together, _ = sample(base, prompts, seeded(0), temperature=0)
+    for each, one, row in zip(prompts, alone, together):
+        assert len(one) == base.config.block_size - len(each) and torch.equal(row[row != PAD], one)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "nonsense"])
+def test_figures_need_no_window_whatever_the_environment_says(tmp_path, backend):
+    code = ("import torch; from harness import figures; "
+            f"figures.draw_matching(torch.eye(2), [0, 1], ('a', 'b'), '{tmp_path}/matching.png')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"MPLBACKEND": backend},
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and os.path.getsize(tmp_path / "matching.png") > 5000, done.stderr
+
+
+def test_tokens_are_drawn_as_they_are(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Text, "draw", lambda text, *args: drawn.append((text.get_text(), text.get_parse_math())))
+    for tokens in ("$ x $", "{ \\frac _ ^", "é 中 %"):
+        traces = [("a", [tokens])]
+        figures.draw_traces(tokens, traces, traces, ("a",), tmp_path / "traces.png")
+        assert any(tokens in text for text, _ in drawn) and not any(parsed for _, parsed in drawn)
+        drawn.clear()
+
+
+def shell(command, cwd):
+    return subprocess.run(["bash", "-c", command], cwd=cwd, capture_output=True, text=True)
+
+
+def test_programs_run_with_stdout_closed_and_into_a_pipe_that_closes(workplace):
+    python = sys.executable
+    flags = " ".join([*BASE, "--name=closed", "--overwrite=True"])
+    done = shell(f"{python} {ROOT}/train_base.py {flags} >&-", workplace)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    done = shell(f"{python} -u {ROOT}/tasks.py | head -2", workplace)
+    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 2
+
+
+def test_a_config_may_be_a_pipe_and_import_modules(workplace):
+    lines = "import math\\ntask = 'grid_pathfinding'\\nsteps = int(math.sqrt(4))\\nname = 'piped'\\n"
+    more = " ".join(BASE[2:] + ["--overwrite=True", "--block_size=64", "--n_layer=1", "--n_embd=16"])
+    done = shell(f'{sys.executable} {ROOT}/train_base.py <(printf "{lines}") {more}', workplace)
+    assert done.returncode == 0 and os.path.exists("out/piped/ckpt.pt"), done.stderr
+
+
+def test_a_config_finds_its_base_from_another_folder(workplace, tmp_path):
+    """Beside the config file, if not where `base` says; out/ is where the program runs."""
+    os.makedirs(tmp_path / "out")
+    shutil.copytree("out/tiny_base", tmp_path / "out" / "tiny_base")
+    flags = [*SHORT[1:], "--steps=1", "--name=elsewhere"]
+    code, out, err = program("factorize.py", os.path.join(ROOT, "configs", "tiny_discrete.py"), *flags, cwd=tmp_path)
+    assert code == 0 and os.path.exists(tmp_path / "out" / "elsewhere" / "metrics.json"), err
+
+
+def test_more_inputs_than_there_are_are_all_there_are(workplace):
+    task = train_base.load_base("out/tiny_base/ckpt.pt")[1]
+    found = evaluate.different_inputs(task, 10 ** 6, "test")
+    grids = {tuple(x) for x in found}
+    assert len(grids) == len(found) > 20
+    assert all(tuple(task.sample_input(random.Random(i), "test")) in grids for i in range(500))
+
+
+def test_a_result_of_changed_code_says_so(tmp_path, monkeypatch):
+    def git(*args):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=tmp_path, check=True,
+                       capture_output=True)
+
+    git("init")
+    (tmp_path / "code.py").write_text("a = 1\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    clean = runs.current_commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "code.py").write_text("a = 2\n")
+    assert runs.current_commit() == f"{clean}-dirty"
