@@ -46,7 +46,7 @@ class Config:
     # clusters
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: q's head stays random
     cluster_responses: at_least(2) = 12  # responses to each of them
-    cluster_searches: Count = 6  # searches for clusters, of which the best counts
+    cluster_searches: Count = 6  # searches for clusters, at most, of which the best counts
     posterior: Literal["linear", "full"] = "linear"  # q trains its head; or its backbone, too
     # stages where z is discrete; the ELBO takes the steps that remain
     fixed_label_steps: int = 300  # steps in which q stands still and labels
@@ -87,7 +87,7 @@ class Config:
     eval_samples: Count = 8  # samples of the router an input, or K if that is more
     # running
     seed: int = 0  # of weights, data and clusters
-    threads: Count = 2  # CPU threads
+    threads: int = 0  # CPU threads; 0: as many as there are cores
     device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; bfloat16 if on CUDA
     save_every: Count = 100  # steps between saved states, from which an interrupted run can go on

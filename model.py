@@ -263,7 +263,7 @@ def sample_in_batches(model, prompts, generator, temperature=1.0, z=None, batch=
 
 
 def pad(rows):
-    """List of id lists -> (B, longest) tensor, padded on the right."""
+    """List of id lists, or of numbers -> (B, longest) tensor, padded on the right."""
     width = max(map(len, rows))
     return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
 
@@ -303,15 +303,10 @@ def in_chunks(f, pairs, *more, size=16):
 
 def sample_pairs(base, prompts, generator):
     """One y ~ p_theta(y|x) for every canonical prompt (id list). The surprise b_t falls out of the sampler."""
-    starts = torch.tensor([len(p) for p in prompts])
     samples = sample_in_batches(base, prompts, generator)
-    ids = torch.full((len(prompts), int(starts.max()) + max(len(tokens) for tokens, _ in samples)), PAD)
-    b = torch.zeros(ids.shape)
-    for i, (p, (tokens, logp)) in enumerate(zip(prompts, samples)):
-        ids[i, :len(p)] = torch.tensor(p)
-        ids[i, len(p):len(p) + len(tokens)] = tokens
-        b[i, len(p):len(p) + len(tokens)] = -logp
-    return Pairs(ids, starts, b).rows(slice(None))
+    records = [p + tokens.tolist() for p, (tokens, _) in zip(prompts, samples)]
+    b = pad([len(p) * [0.0] + (-logp).tolist() for p, (_, logp) in zip(prompts, samples)])
+    return as_pairs(records, map(len, prompts))._replace(b=b).rows(slice(None))
 
 
 def y_nll(logits, ids, starts):

@@ -255,7 +255,8 @@ def cluster_responses(features, x_index, K, seed, searches):
 
     The model is additive: features = c_x + mu_z + noise. What an input adds to all of its responses
     (c_x) is estimated together with what a cluster does (mu_z). Of all searches that one counts
-    which leaves the least noise (`spread`). Halves of the inputs are searched on their own.
+    which leaves the least noise (`spread`). Three are made, and three more, up to `searches`, until
+    all agree. Halves of the inputs are searched on their own.
 
     K = 0: the fewest clusters, up to 10, in which at most 7% collide and which halves confirm in
     90%. Whoever answers one input in two ways that are in one cluster has more strategies than
@@ -266,16 +267,20 @@ def cluster_responses(features, x_index, K, seed, searches):
     halves = (x_index >= 0, half, ~half)  # all, and either half of the inputs
     parts = [(features[part], x_index[part].unique(return_inverse=True)[1]) for part in halves]
     for k in (K,) if K else range(2, 11):
-        jobs = [(i, 1000 * seed + j) for i in range(3) for j in range(searches)]
-        found = map_chunks(lambda job: search(*parts[job[0]], k, seeded(job[1])), jobs)
-        (least, r), *of_halves = (min(found[i:i + searches], key=lambda each: each[0])
-                                  for i in range(0, 3 * searches, searches))
+        found, same = ([], [], []), [[False]]
+        while len(found[0]) < searches and not all(map(all, same)):
+            more = range(len(found[0]), min(len(found[0]) + 3, searches))
+            jobs = [(i, 1000 * seed + j) for i in range(3) for j in more]
+            new = map_chunks(lambda job: search(*parts[job[0]], k, seeded(job[1])), jobs)
+            for (i, _), one in zip(jobs, new):
+                found[i].append(one)
+            r, *of_halves = best = [min(each, key=lambda one: one[0])[1] for each in found]
+            same = [[agreement(one, b) > 0.98 for _, one in each] for each, b in zip(found, best)]
         different = len((x_index * k + r.argmax(dim=1)).unique())
         collisions = (len(r) - different) / (len(r) - x_index.max().item() - 1)
-        same = [agreement(other, r) > 0.98 for _, other in found[:searches]]
-        confirmed = min(agreement(one, r[part]) for (_, one), part in zip(of_halves, halves[1:]))
+        confirmed = min(agreement(one, r[part]) for one, part in zip(of_halves, halves[1:]))
         if K or (collisions < 0.07 and confirmed > 0.9):
-            return Clusters(r, collisions, sum(same) / searches, confirmed)
+            return Clusters(r, collisions, sum(same[0]) / len(same[0]), confirmed)
     fail(f"no number of clusters up to {k} tells the different responses to one input apart and is "
          "found in halves of the inputs, too: set n_latents to the number you want")
 

@@ -51,7 +51,7 @@ class Config:
     eval_size: Count = 256  # held-out records and samples a validation
     final_eval_size: Count = 2000  # the same, after training
     seed: int = 0  # of weights and data
-    threads: Count = 2  # CPU threads
+    threads: int = 0  # CPU threads; 0: as many as there are cores
     device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA alone
     save_every: Count = 500  # steps between saved states, from which an interrupted run can go on

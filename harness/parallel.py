@@ -23,8 +23,8 @@ bfloat16 = False  # matrix products of training, not those of sampling
 
 
 def start(n_threads, device="cpu", precision="float32"):
-    """Takes threads of one core each and a device into use, and joins the other processes if torchrun started some. How
-    many threads there are changes no result by a bit."""
+    """Takes threads of one core each, all cores if n_threads is 0, and a device into use, and joins the other processes
+    if torchrun started some. How many threads there are changes no result by a bit."""
     global rank, processes, threads, kind, bfloat16
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -43,12 +43,24 @@ def start(n_threads, device="cpu", precision="float32"):
             torch.cuda.set_device(place)
 
     set_up_thread()
+    n_threads = n_threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     threads = ThreadPoolExecutor(n_threads, initializer=set_up_thread)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         rank, processes = dist.get_rank(), dist.get_world_size()
         if rank:
             sys.stdout = open(os.devnull, "w")
+
+
+def cores():
+    """How many this process may use: those it is bound to, but no more than its control group has a quota for."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as f:
+            quota, period = map(int, f.read().split())
+        return max(1, min(bound, quota // period))
+    except (OSError, ValueError):  # no control group, or "max", which is no number
+        return bound
 
 
 def leave():

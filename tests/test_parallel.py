@@ -143,3 +143,19 @@ def test_a_device_that_is_not_there_is_one_line(workplace, flag, line):
     with pytest.raises(SystemExit) as stop:
         factorize.factorize(config.load(factorize, ["configs/tiny_discrete.py", "--name=nowhere", flag]))
     assert line in str(stop.value) and not os.path.exists("out/nowhere")
+
+
+@pytest.mark.parametrize("bound, quota, beside, n", [
+    (8, "max 100000", 1, 8), (8, "250000 100000", 1, 2), (8, "50000 100000", 1, 1), (8, None, 2, 4), (2, None, 8, 1)])
+def test_all_cores_that_a_process_may_use_are_used_by_default(monkeypatch, tmp_path, bound, quota, beside, n):
+    """The fewer of those it is bound to and of its control group's quota, shared by the processes on the machine."""
+    (tmp_path / "cpu.max").write_text(quota or "")
+    real = open
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(bound)))
+    monkeypatch.setattr(parallel, "open", lambda path, *more: real(tmp_path / os.path.basename(path), *more)
+                        if path.startswith("/sys") else real(path, *more), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
+    before = parallel.threads
+    parallel.start(0)
+    assert parallel.threads._max_workers == n
+    parallel.threads = before

@@ -956,7 +956,7 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["train_base.py", "configs/addition_base.py", "--name=long", "--task_sizes={'max_digits': 4}", "--steps=1",
       "--block_size=113", "--final_eval_size=300", "--seed=2"], "a record of 115 tokens exceeds 113"),  # a test input's
     (["factorize.py", "configs/tiny_discrete.py", "--n_latents=129"], "129 latents cannot share the 128 pairs"),
-    (["factorize.py", "configs/tiny_discrete.py", "--threads=0"], "'threads' must be at least 1"),
+    (["factorize.py", "configs/tiny_discrete.py", "--threads=-1"], "'threads' must be at least 0"),
     (["train_base.py", "configs/tiny_base.py", "--chunks=0"], "'chunks' must be at least 1"),
     (["train_base.py", "configs/tiny_base.py", "--crop=-1"], "'crop' must be at least 0, got -1"),
     (["train_base.py", "configs/tiny_base.py", "--n_head=3"], "'n_embd' (64) must be an even multiple of n_head (3)"),

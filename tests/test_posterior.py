@@ -351,6 +351,23 @@ def test_what_is_said_of_clusters_is_counted_right(monkeypatch):
     assert found.halves == pytest.approx(5 / 6)
 
 
+@pytest.mark.parametrize("odd, searches, made", [
+    ((), 6, 3), ((), 2, 2), ((7000,), 6, 6), ((7004,), 8, 3), ((7001, 7003), 8, 8), ((7002, 7007), 8, 8)])
+def test_searches_go_on_until_all_agree(monkeypatch, odd, searches, made):
+    """Three at a time; the odd ones end elsewhere in the second half of the inputs, the smallest part."""
+    called, x_index = [], torch.arange(6).repeat_interleave(torch.tensor([3, 3, 3, 3, 3, 2]))
+
+    def fake(features, x_index, K, generator):
+        called.append((len(features), generator.initial_seed()))
+        found = features[:, 0].long()
+        return 0.0, F.one_hot(0 * found if called[-1][1] in odd and len(features) == 8 else found, K).float()
+
+    monkeypatch.setattr(posterior, "search", fake)
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
+    found = cluster_responses((torch.arange(17) % 3)[:, None].float(), x_index, 3, seed=7, searches=searches)
+    assert sorted(called) == [(n, 7000 + j) for n in (8, 9, 17) for j in range(made)] and found.agreement == 1
+
+
 def test_the_additive_model_is_least_squares_with_a_dummy_variable_for_every_input():
     """Of memberships in part, on inputs of 2 to 5 responses: mu up to a constant, and the noise, which is orthogonal to
     memberships and inputs; with r @ mu it is what lies about mu, without what the input adds."""
