@@ -263,6 +263,10 @@ def cluster_responses(features, x_index, K, seed, searches):
     there are clusters. More clusters than strategies split one by what its inputs look like; they
     collide as little, and this is why the fewest are taken.
     """
+    contrast = (features - mean_of_input(features, x_index)).square().sum()
+    if not 1e-12 < contrast < math.inf:
+        fail("nothing tells different responses to an input apart: in the base's states they differ "
+             f"by a square sum of {contrast:.3g}")
     half = torch.randperm(int(x_index.max()) + 1, generator=seeded(seed))[x_index] % 2 == 0
     halves = (x_index >= 0, half, ~half)  # all, and either half of the inputs
     parts = [(features[part], x_index[part].unique(return_inverse=True)[1]) for part in halves]

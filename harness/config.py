@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import signal
 import sys
 import types
 from typing import Annotated, Literal, get_args, get_origin
@@ -67,7 +68,7 @@ def assignments(path):
         fail(f"config file '{path}' does not exist" + (f", did you mean '{close[0]}'?" if close else ""))
     assigned = {"__file__": path}
     try:
-        with open(path) as f:
+        with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), assigned)
     except Exception as e:
         fail(f"config file '{path}' cannot be run: {type(e).__name__}: {e}")
@@ -82,6 +83,7 @@ def load(script, argv):
     file, an unknown key (with the nearest known one), or a value that the key does not take.
     """
     if "--help" in argv or "-h" in argv or not argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
         print(usage(script))
         sys.exit(0 if argv else 2)
     path, *flags = argv

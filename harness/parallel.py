@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from harness.config import fail
 
+TORCHRUN = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}  # all are set by it
 rank, processes = 0, 1  # which process this is, of how many
 threads = ThreadPoolExecutor(1)
 kind = "cpu"  # of device
@@ -33,7 +34,8 @@ def start(n_threads, device="cpu", precision="float32"):
         fail(f"config key 'device' is 'auto' or, on this machine, {' or '.join(here)}; got '{device}'")
     kind = here[0] if device == "auto" else device
     bfloat16 = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
-    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    torchrun = TORCHRUN <= os.environ.keys()
+    place = torch.device(kind, int(os.environ["LOCAL_RANK"]) if torchrun else 0) if kind == "cuda" else torch.device(kind)
 
     def set_up_thread():
         torch.set_num_threads(1)  # matrices as small as these gain more from a core per chunk than from several on each
@@ -43,9 +45,9 @@ def start(n_threads, device="cpu", precision="float32"):
             torch.cuda.set_device(place)
 
     set_up_thread()
-    n_threads = n_threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    n_threads = n_threads or max(1, cores() // (int(os.environ["LOCAL_WORLD_SIZE"]) if torchrun else 1))
     threads = ThreadPoolExecutor(n_threads, initializer=set_up_thread)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if torchrun and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         rank, processes = dist.get_rank(), dist.get_world_size()
         if rank:
@@ -66,10 +68,10 @@ def cores():
 def leave():
     """Parts from the other processes; True where the work that is left, for one process, goes on."""
     global processes
-    if "WORLD_SIZE" in os.environ and dist.is_initialized():  # by torchrun, also where it started one process
+    if dist.is_initialized():  # by torchrun, also where it started one process
         barrier()
         dist.destroy_process_group()
-        del os.environ["WORLD_SIZE"]  # a later start() in this process must not join again
+        os.environ.pop("WORLD_SIZE", None)  # a later start() in this process must not join again
         processes = 1
     return rank == 0
 

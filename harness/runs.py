@@ -61,7 +61,8 @@ class Run:
         if (self.signals or not self.stepping) and parallel.processes == 1:  # torchrun repeats a signal at once
             sys.exit(128 + number)
         self.signals.append(number)
-        os.write(2, b"stopping after the next step; once more: at once\n")
+        if sys.stderr:  # else descriptor 2 may be a file of the run
+            os.write(2, b"stopping after the next step; once more: at once\n")
 
     def find_state(self):
         for path in (self.state_path, self.path("ckpt.pt")):

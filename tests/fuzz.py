@@ -4,13 +4,16 @@
     python tests/fuzz.py 40 --write    # the same, and adds them to assets/results/faults.json
 
 Up to three keys of a short run, of the base or of a factorization with either kind of z, take a value that their type
-allows, sensible or not. Then evaluate.py is asked about ten inputs a run, made of random characters.
+allows, sensible or not. Then evaluate.py is asked about ten inputs a run, made of random characters. For every fourth
+run a short one is started from an odd shell: with an odd environment, with streams closed, from another folder.
 """
 import contextlib
 import dataclasses
 import io
 import os
 import random
+import shutil
+import subprocess
 import sys
 import tempfile
 from typing import Annotated, Literal, get_args, get_origin
@@ -23,7 +26,7 @@ import train_base
 from harness import config
 from kill import note
 
-FACTORIZATION = ["--steps=4", "--eval_every=2", "--cluster_inputs=12", "--cluster_searches=1", 
+FACTORIZATION = ["--steps=4", "--eval_every=2", "--cluster_inputs=12", "--cluster_searches=1",
                  "--pool_size=32", "--eval_inputs=3", "--validation_inputs=2"]
 DISCRETE = ["configs/tiny_discrete.py", "--fixed_label_steps=1", "--responsibility_steps=2", *FACTORIZATION]
 SHORT = [(train_base, ["configs/tiny_base.py", "--steps=3", "--eval_every=2", "--eval_size=4", "--final_eval_size=4"]),
@@ -37,6 +40,13 @@ VALUES = {int: ["-1", "0", "1", "2", "3", "5", "64", "100000000"], bool: ["True"
           dict: ["{}", "{'side': 4}", "{'side': 0}", "{'max_distance': 99}", "{'side': 'a'}", "{1: 2}"]}
 MAY_BE_HUGE = {"seed", "eval_every", "save_every", "fixed_label_steps", "responsibility_steps", "cell_steps", "warmup",
                "crop", "chunks", "n_latents", "n_head"}  # others, valid but huge, would take hours or all memory
+
+ENVIRONMENTS = ["MPLBACKEND=module://matplotlib_inline.backend_inline", "MPLBACKEND=TkAgg", "PYTHONIOENCODING=ascii",
+                "LC_ALL=C", "LC_ALL=POSIX PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", "TMPDIR=/nonexistent", "COLUMNS=1",
+                "HOME=/nonexistent", "PYTHONOPTIMIZE=2", "PYTHONWARNINGS=error", "RANK=0 WORLD_SIZE=4", "LOCAL_RANK=x",
+                "PYTHONUNBUFFERED=1", "DISPLAY=nowhere:0"]
+STREAMS = ["", "<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "| head -1"]
+FOLDERS = [".", "elsewhere"]
 
 
 def random_flag(rng, script):
@@ -57,6 +67,20 @@ def run(script, flags):
     except SystemExit as exit:
         assert isinstance(exit.code, str) and "\n" not in exit.code, exit.code
         return exit.code
+
+
+def odd_shell(rng):
+    """A short run, started from an odd shell: it must end with a result, or in one line on stderr."""
+    script, short = rng.choice(SHORT)
+    where, streams, variables = (rng.choice(each) for each in (FOLDERS, STREAMS, ENVIRONMENTS))
+    path = os.path.join(ROOT, script.__name__ + ".py")
+    flags = [os.path.abspath(short[0]), *short[1:], "--name=odd", "--overwrite=True", f"--threads={rng.choice((0, 1))}"]
+    command = f"env {variables} {sys.executable} {path} {' '.join(flags)} {streams}"
+    os.makedirs(where, exist_ok=True)
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=where, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    print(f"{short[0]} in {where}, {variables} {streams} -> {lines or 'done'}", flush=True)
+    assert not done.returncode or len(lines) == 1 and lines[0].startswith("error: "), (command, done.stderr)
 
 
 def main(n, write):
@@ -86,9 +110,13 @@ def main(n, write):
                 evaluate.typed_input(asked, text)
             except SystemExit as exit:
                 assert isinstance(exit.code, str), exit.code
+        for _ in range(n // 4):
+            for folder in ("out/odd", "elsewhere/out/odd"):  # what was a base's may not be a factorization's
+                shutil.rmtree(folder, ignore_errors=True)
+            odd_shell(rng)
         os.chdir(ROOT)
     if write:
-        note({"random values in a config": n, "random text as an input": 10 * n})
+        note({"random values in a config": n, "random text as an input": 10 * n, "odd shells": n // 4})
     print(f"{n - told} runs ended well, {told} in one line")
 
 

@@ -3,9 +3,10 @@
     python tests/kill.py 24            # that many faults; a non-zero exit if anything was lost; CI runs it
     python tests/kill.py 24 --write    # the same, and writes assets/results/faults.json, a table of tests/README.md
 
-The base and its factorization on configs/tiny_*.py, saved after every step, are killed by SIGKILL, SIGTERM and SIGINT
-or run out of disk, in turn, and are started again with --resume=True. What a fault leaves must load; the last weights
-and logs must be those of runs that nothing has interrupted.
+The base and its factorization on configs/tiny_*.py, saved after every step, are killed by SIGKILL, SIGTERM and SIGINT,
+as one process or as two (torchrun), or run out of disk, or meet the same program once more in their folder, in turn,
+and are started again with --resume=True. What a fault leaves must load; the last weights and logs must be those of runs
+that nothing has interrupted.
 """
 import itertools
 import json
@@ -24,7 +25,9 @@ FLAGS = ["--save_every=1", "--eval_every=20"]
 RUNS = [["train_base.py", "configs/tiny_base.py", "--steps=60", *FLAGS],
         ["factorize.py", "configs/tiny_discrete.py", "--steps=60", "--fixed_label_steps=20",
          "--responsibility_steps=30", "--eval_inputs=8", "--cluster_inputs=32", "--cluster_searches=2", *FLAGS]]
-FAULTS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "full disk": None}
+FAULTS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "full disk": None,
+          "the same program twice": None, "SIGKILL, two processes": signal.SIGKILL,
+          "SIGTERM, two processes": signal.SIGTERM}
 
 
 def small_disk():
@@ -32,9 +35,11 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def start(script, *flags, full_disk=False):
-    return subprocess.Popen([sys.executable, os.path.join(ROOT, script), *flags], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True, preexec_fn=small_disk if full_disk else None)
+def start(script, *flags, fault=None):
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if "two" in (fault or "") else []
+    return subprocess.Popen([sys.executable, *two, os.path.join(ROOT, script), *flags], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=small_disk if fault == "full disk" else None)
 
 
 def result(name):
@@ -63,8 +68,9 @@ def main(kills, write):
         whole = {}
         for script, *flags in RUNS:
             began = time.time()
-            assert start(script, *flags, "--name=whole", "--overwrite=True").wait() == 0
+            assert start(script, *flags, "--name=whole").wait() == 0
             whole[script] = time.time() - began, *result("whole")
+            shutil.rmtree("out/whole")
         for script, *flags in itertools.cycle(RUNS):
             if sum(tried.values()) == kills:
                 break
@@ -72,17 +78,25 @@ def main(kills, write):
             before, code = sum(tried.values()), None
             while code is None:  # until the run is complete
                 fault = list(FAULTS)[sum(tried.values()) % len(FAULTS)] if sum(tried.values()) < kills else None
-                process = start(script, *flags, "--name=killed", "--resume=True", full_disk=fault == "full disk")
+                command = script, *flags, "--name=killed", "--resume=True"
+                process = start(*command, fault=fault)
                 if fault == "full disk":
                     line = process.communicate()[1]
                     assert process.returncode == 1 and line.count("\n") == 1 and "cannot write" in line, line
                 else:
                     try:
-                        code = process.wait(rng.uniform(0.1, 0.9) * seconds if fault else None)
+                        more = 6 if "two" in (fault or "") else 0  # they take longer to start
+                        code = process.wait(rng.uniform(0.1, 0.9) * (seconds + more) if fault else None)
                         continue
                     except subprocess.TimeoutExpired:
-                        process.send_signal(FAULTS[fault])
-                        process.wait()
+                        if fault == "the same program twice":
+                            second = start(*command)
+                            line = second.communicate()[1]
+                            busy = f"process {process.pid} is at work" in line and line.count("\n") == 1
+                            assert process.poll() is not None or second.returncode == 1 and busy, line
+                        if process.poll() is None:
+                            os.killpg(process.pid, FAULTS[fault] or signal.SIGKILL)
+                        process.communicate()
                 tried[fault] += 1
                 left = os.listdir("out/killed") if os.path.exists("out/killed") else []
                 for file in {"state.pt", "ckpt.pt"} & set(left):

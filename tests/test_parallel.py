@@ -154,7 +154,9 @@ def test_all_cores_that_a_process_may_use_are_used_by_default(monkeypatch, tmp_p
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(bound)))
     monkeypatch.setattr(parallel, "open", lambda path, *more: real(tmp_path / os.path.basename(path), *more)
                         if path.startswith("/sys") else real(path, *more), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
+    for key in parallel.TORCHRUN if beside > 1 else ("WORLD_SIZE", "RANK"):  # a cluster's shell may set some of them
+        monkeypatch.setenv(key, str(beside))
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
     before = parallel.threads
     parallel.start(0)
     assert parallel.threads._max_workers == n

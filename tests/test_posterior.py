@@ -590,3 +590,11 @@ def test_cells_have_the_shares_of_the_samples_and_not_of_the_number_of_responses
     share, _ = start(q, trained[1].rows(rows), rows // 2, K=3, std=0.3)
     assert torch.allclose(share, torch.tensor([0.5, 0.25, 0.25]), atol=1e-3)
     assert torch.allclose(share_of_space(q, 3), share, atol=0.015)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_states_that_tell_nothing_apart_are_said_and_not_clustered(value):
+    """And never reported as searches that agree: features that are all alike, or not finite."""
+    with pytest.raises(SystemExit, match="nothing tells different responses to an input apart") as exit:
+        cluster_responses(torch.full((80, 16), value), torch.arange(80) // 4, 3, seed=0, searches=3)
+    assert "\n" not in exit.value.code
