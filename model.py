@@ -72,6 +72,7 @@ class Attention(nn.Module):
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
+        assert mask is not None or k.shape[2] == T, f"{T} queries of {k.shape[2]} keys need a mask"
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.proj(out.transpose(1, 2).reshape(B, T, C))
 

@@ -1,4 +1,5 @@
 """What users of other projects report, tried here: shared names, two programs in one folder, odd shells and folders."""
+import copy
 import os
 import random
 import re
@@ -18,7 +19,7 @@ import train_base
 from conftest import ROOT
 from harness import config, figures, runs
 from harness.parallel import seeded
-from model import sample
+from model import GPT, GPTConfig, KVCache, sample
 from tasks import EOS, PAD, Tokenizer
 from test_pipeline import SHORT, program, run
 
@@ -199,3 +200,32 @@ def test_a_result_of_changed_code_says_so(tmp_path, monkeypatch):
     assert re.fullmatch("[0-9a-f]{7,}", clean)
     (tmp_path / "code.py").write_text("a = 2\n")
     assert runs.current_commit() == f"{clean}-dirty"
+
+
+def test_a_cache_that_is_filled_in_pieces_needs_a_mask(workplace):
+    """Without one, queries would be taken for the first positions. With one, pieces give what the whole gives."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(20, 0, 16, n_layer=2, n_head=2, n_embd=16)).requires_grad_(False)
+    ids, whole = torch.randint(10, 20, (2, 8)), None
+    for pieces in ((8,), (5, 3), (1, 6, 1)):
+        caches, done, found = [KVCache(2, 2, 8, 8) for _ in range(2)], 0, []
+        for n in pieces:
+            positions, mask = torch.arange(done, done + n).expand(2, n), torch.ones(8, 8).tril().bool()
+            mask = mask[done:done + n, :done + n]
+            if done:
+                with pytest.raises(AssertionError, match=f"{n} queries of {done + n} keys"):
+                    model.hidden_states(ids[:, done:done + n], positions, None, copy.deepcopy(caches))
+            found.append(model.hidden_states(ids[:, done:done + n], positions, mask, caches)[-1])
+            done += n
+        whole = torch.cat(found, dim=1) if whole is None else whole
+        assert torch.allclose(torch.cat(found, dim=1), whole, atol=1e-6)
+    assert torch.allclose(model.hidden_states(ids)[-1], whole, atol=1e-6)
+
+
+def test_a_folder_that_cannot_be_made_or_that_goes_away_is_one_line(workplace, tmp_path, monkeypatch):
+    cfg = config.load(train_base, [*BASE, "--name=gone", "--save_every=1"])
+    monkeypatch.setattr(runs.Run, "check_finite", lambda *args: shutil.rmtree("out/gone"))
+    fails(lambda: train_base.train(cfg), "out/gone")
+    (tmp_path / "out").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    fails(lambda: train_base.train(cfg), "cannot work in 'out/gone'")
