@@ -92,8 +92,9 @@ def main(kills, write):
                         if fault == "the same program twice":
                             second = start(*command)
                             line = second.communicate()[1]
-                            busy = f"process {process.pid} is at work" in line and line.count("\n") == 1
-                            assert process.poll() is not None or second.returncode == 1 and busy, line
+                            told = f"process {process.pid} is at work" in line or "holds a finished run" in line
+                            refused = second.returncode == 1 and line.count("\n") == 1 and told
+                            assert refused or process.poll() is not None, line
                         if process.poll() is None:
                             os.killpg(process.pid, FAULTS[fault] or signal.SIGKILL)
                         process.communicate()
