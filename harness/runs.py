@@ -5,6 +5,7 @@
 A file is replaced only by one that is complete and safe on disk. A signal ends a run after its next step, with all that
 it needs to go on; a crash loses the steps since the last saved state.
 """
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -33,7 +34,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg, self.folder, self.signals, self.stepping = cfg, os.path.join("out", cfg.name), [], False
-        self.state_path = self.path("state.pt")
+        self.state_path, self.log_file = self.path("state.pt"), None
         self.made_with = provenance()  # now: another commit may be checked out when the run is evaluated
 
     def path(self, name):
@@ -47,6 +48,9 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
+        with contextlib.suppress(OSError):  # the disk may be full
+            if self.log_file:
+                self.log_file.close()
         self.lock.close()
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
@@ -90,7 +94,6 @@ class Run:
         if parallel.rank:
             self.log_file = open(os.devnull, "a")
             return
-        os.makedirs(self.folder, exist_ok=True)
         if not self.state and os.path.exists(self.state_path):  # of the run that is overwritten
             os.remove(self.state_path)
         lines = []
