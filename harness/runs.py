@@ -42,7 +42,11 @@ class Run:
 
     def __enter__(self):
         self.lock = claim(self.folder)
-        self.state = self.find_state()
+        try:
+            self.state = self.find_state()
+        except SystemExit:
+            self.lock.close()
+            raise
         listening = threading.current_thread() is threading.main_thread()  # no other thread is told of signals
         self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM) if listening}
         return self

@@ -41,11 +41,11 @@ def fails(call, *says):
 def test_a_run_never_replaces_one_of_another_kind(workplace):
     """Neither a finished one nor one in training, --overwrite or not; nor does a factorization share its base's name."""
     run("kind")
-    shutil.copytree("out/tiny_base", "out/begun", dirs_exist_ok=True)
-    os.remove("out/begun/ckpt.pt")
+    shutil.copytree("out/tiny_base", "out/begun_base", dirs_exist_ok=True)
+    os.remove("out/begun_base/ckpt.pt")
     state = runs.load_checkpoint("out/tiny_base/ckpt.pt", "base") | {"kind": "state"}
-    runs.save("out/begun/state.pt", state)
-    for name, path in (("tiny_base", "ckpt.pt"), ("begun", "state.pt")):
+    runs.save("out/begun_base/state.pt", state)
+    for name, path in (("tiny_base", "ckpt.pt"), ("begun_base", "state.pt")):
         before = bytes_of(f"out/{name}/{path}")
         flags = [*SHORT, f"--name={name}", "--base=configs/tiny_base.py --steps=160"]
         fails(lambda: factorize.factorize(config.load(factorize, flags)), name, "name")
@@ -53,6 +53,7 @@ def test_a_run_never_replaces_one_of_another_kind(workplace):
     before = bytes_of("out/kind/ckpt.pt")
     fails(lambda: train_base.train(config.load(train_base, [*BASE, "--name=kind", "--overwrite=True"])),
           "out/kind/ckpt.pt' is of a factorization")
+    runs.claim("out/kind").close()  # who is refused does not keep the folder
     assert bytes_of("out/kind/ckpt.pt") == before
     flags = [*SHORT, "--name=new", "--base=configs/tiny_base.py --name=new"]
     fails(lambda: factorize.factorize(config.load(factorize, flags)), "share out/new")
@@ -60,10 +61,10 @@ def test_a_run_never_replaces_one_of_another_kind(workplace):
 
 
 def test_a_checkpoint_that_stands_alone_is_a_run_as_well(workplace):
-    os.makedirs("out/alone", exist_ok=True)
-    shutil.copy("out/tiny_base/ckpt.pt", "out/alone/ckpt.pt")
-    fails(lambda: train_base.train(config.load(train_base, [*BASE, "--name=alone"])), "holds a run already")
-    assert bytes_of("out/alone/ckpt.pt") == bytes_of("out/tiny_base/ckpt.pt")
+    os.makedirs("out/stands_alone", exist_ok=True)
+    shutil.copy("out/tiny_base/ckpt.pt", "out/stands_alone/ckpt.pt")
+    fails(lambda: train_base.train(config.load(train_base, [*BASE, "--name=stands_alone"])), "holds a run already")
+    assert bytes_of("out/stands_alone/ckpt.pt") == bytes_of("out/tiny_base/ckpt.pt")
 
 
 @pytest.fixture

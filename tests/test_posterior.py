@@ -309,7 +309,7 @@ def test_halves_are_drawn_whatever_the_order_of_the_inputs_means(monkeypatch):
 
     monkeypatch.setattr(posterior, "search", fake)
     x_index = torch.arange(40).repeat_interleave(2)
-    cluster_responses(x_index[:, None].float(), x_index, 2, seed=0, searches=1)
+    cluster_responses(torch.stack((x_index, torch.arange(80)), dim=1).float(), x_index, 2, seed=0, searches=1)
     whole, one, other = sorted(parts, key=len, reverse=True)
     assert one | other == whole == set(range(40)) and not one & other and len(one) == 20
     assert {x % 2 for x in one} == {x % 2 for x in other} == {0, 1}
