@@ -51,7 +51,7 @@ class Config:
     # stages where z is discrete; the ELBO takes the steps that remain
     fixed_label_steps: int = 300  # steps in which q stands still and labels
     fixed_label_power: float = 4.0  # power to which q(z|x,y) is raised in these labels
-    responsibility_steps: int = 350  # further steps, with balanced responsibilities as labels
+    responsibility_steps: int = 380  # further steps, with balanced responsibilities as labels
     tau: at_least(0.001, float) = 0.5  # temperature of log p(y|x,z) in the responsibilities
     alpha: float = 2.0  # weight of log q(z|x,y) in the responsibilities
     # stages where z is continuous; the ELBO takes the steps that remain
