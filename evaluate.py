@@ -4,8 +4,7 @@
     python evaluate.py out/sorting_discrete --show=3            # three test inputs, the trace under every z abreast
     python evaluate.py out/sorting_discrete --x="4 2 7 1 3"     # the same for an input of your own
 
-What is measured comes first, the command line last. Strategy names are read here and by train_base.py, which makes the
-data. A glossary of all metrics is in assets/results/README.md.
+Strategy names are read here and by train_base.py alone. A glossary of all metrics is in assets/results/README.md.
 """
 import math
 import os
@@ -146,22 +145,20 @@ def router_at_work(logp_z, p_model, p_base, kinds):
     say of the input's kind, I(kind; strategy), from p(y|x) of every trace (N, S). kinds: the kind of every x. Returns
     (metrics, names of the kinds, p(z|kind), p(strategy|kind))."""
     names = sorted(set(kinds))
-    of_kind = F.one_hot(torch.tensor([names.index(kind) for kind in kinds]), len(names)).float()
-    of_kind = of_kind / of_kind.sum(dim=0)  # (N, kinds), columns sum to 1
+    of_kind = F.one_hot(torch.tensor([names.index(kind) for kind in kinds]), len(names)).float()  # (N, kinds)
     p_z, p_s = logp_z.exp(), p_base / p_base.sum(dim=1, keepdim=True)
-    weight = 1 / of_kind.max(dim=0).values / len(kinds)
-    by_kind = [of_kind.T @ p for p in (p_z, p_s)]
-    metrics = {"router_information": information(p_z), "base_kind_information": information(by_kind[1], weight),
-               "router_kind_information": information(by_kind[0], weight),
-               "strategy_total_variation_per_input": total_variation(p_base, p_model).mean().item()}
-    return metrics, names, *by_kind
+    router, base = ((of_kind / of_kind.sum(dim=0)).T @ p for p in (p_z, p_s))
+    with_none = [torch.cat((p, 1 - p.sum(dim=1, keepdim=True)), dim=1) for p in (p_base, p_model)]
+    metrics = {"router_information": information(p_z), "base_kind_information": information(of_kind @ base),
+               "router_kind_information": information(of_kind @ router),
+               "strategy_total_variation_per_input": torch.sub(*with_none).abs().sum(dim=1).mean().item() / 2}
+    return metrics, names, router, base
 
 
-def information(p, weight=None):
-    """I(row; column) in nats of p(column|row) (N, K), the rows as likely as `weight` (N,) says, or equally."""
-    weight = torch.full((len(p),), 1 / len(p)) if weight is None else weight
-    mean = (weight @ p).clamp(min=1e-12)
-    return max(0.0, (weight @ (p * (p.clamp(min=1e-12) / mean).log()).sum(dim=1)).item())
+def information(p):
+    """I(row; column) in nats of p(column|row) (N, K), the rows equally likely."""
+    mean = p.mean(dim=0).clamp(min=1e-12)
+    return max(0.0, (p * (p.clamp(min=1e-12) / mean).log()).sum(dim=1).mean().item())
 
 
 @torch.no_grad()
@@ -177,12 +174,6 @@ def without_labels(model, q, base, task, tokenizer, xs, seed):
     pairs = pairs._replace(b=score_base(base, pairs))
     right = q.read(q.all_features(pairs)).argmax(dim=1) == torch.arange(len(ys)) % K
     return {"distinct_outputs": different, "consistency": right.float().mean().item()}
-
-
-def total_variation(p, q):
-    """Between the strategies' shares p and q of every x: (N, S), (N, S) -> (N,). What a row lacks of 1 is the share of
-    no strategy."""
-    return ((p - q).abs().sum(dim=1) + (p.sum(dim=1) - q.sum(dim=1)).abs()) / 2
 
 
 @torch.enable_grad()
@@ -326,7 +317,6 @@ def one_to_one_matching(C):
     return max(found for used, found in best.items() if used.bit_count() == min(C.shape))
 
 
-# -----------------------------------------------------------------------------------------------------------------
 def load_run(folder):
     """Run folder -> (checkpoint, base, task, tokenizer, model, posterior), with the threads of its config in use."""
     checkpoint = runs.load_checkpoint(os.path.join(folder, "ckpt.pt"), "factorization")
@@ -431,15 +421,12 @@ def show(run, xs):
     for x in xs:
         prompts = [tokenizer.prompt(x, k, continuous=z is not None) for k in range(len(names))]
         ys = sample_ys(model, tokenizer, prompts, seeded(0), temperature=0, z=z)
-        columns = [[f"{name} {strategy_of(task, x, y)}", *trace_lines(y)] for name, y in zip(names, ys)]
+        found = [task.attribute(x, y) or f"no strategy (nearest: {task.nearest_strategy(x, y)})" for y in ys]
+        columns = [[f"{name} {strategy}", *trace_lines(y)] for name, strategy, y in zip(names, found, ys)]
         widths = [max(map(len, column)) for column in columns]
         print(f"\nx = {' '.join(x)}")
         for i in range(max(map(len, columns))):
             print("  " + " | ".join((c[i] if i < len(c) else "").ljust(w) for c, w in zip(columns, widths)).rstrip())
-
-
-def strategy_of(task, x, y):
-    return task.attribute(x, y) or f"no strategy (nearest: {task.nearest_strategy(x, y)})"
 
 
 def typed_input(run, text):

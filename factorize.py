@@ -386,8 +386,7 @@ def report(cfg, bar, entry):
 # ------------------------------------------------------------- the config
 def load_base_config(cfg):
     path, *flags = cfg.base.split(" --")  # no shell takes it apart
-    shared = ("threads", "device", "precision", "resume")
-    flags += [f"{key}={getattr(cfg, key)}" for key in shared]
+    flags += [f"{key}={getattr(cfg, key)}" for key in ("threads", "device", "precision", "resume")]
     return config.load(train_base, [path, *(f"--{flag}" for flag in flags)])
 
 

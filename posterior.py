@@ -26,7 +26,6 @@ from model import gaussian, in_chunks
 from tasks import PAD
 
 
-# ------------------------------------------------------------- pooled features, and a head
 class Posterior(nn.Module):
     """A copy of the base, pooled over y in two ways, standardised, and a linear head: K logits, or
     the mean and the log variance of a Gaussian over z in D dimensions.
@@ -122,7 +121,6 @@ class Posterior(nn.Module):
         return (features - self.mean) / self.std
 
 
-# ------------------------------------------------------------- a continuous z
 class Cells(nn.Module):
     """Divides the space of a continuous z into K cells, in the same way for every x. Each lies
     around the centre of a cluster, and a z ~ N(0, I) is in it about as often as a response of the
@@ -176,7 +174,6 @@ class Cells(nn.Module):
         return z[torch.multinomial(same.float(), 1, generator=generator)[:, 0]]
 
 
-# ------------------------------------------------------------- clusters of the base's responses
 TRIES = 12  # to merge and split without success, after which a search ends
 
 

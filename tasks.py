@@ -90,9 +90,7 @@ class Task:
     distinct: bool = True  # leave out inputs on which two strategies leave the same trace
     draw_any: Callable | None = None  # what draws inputs if they are not left out; default: draw
 
-    @property
-    def strategies(self):
-        return tuple(self.steps)
+    strategies = property(lambda self: tuple(self.steps))
 
     def mixture(self, x):
         """The strategies of the data on x, strategy -> share, without those of share 0."""
@@ -110,16 +108,14 @@ class Task:
 
     def word(self, y, rng):
         """One wording of a canonical y, each equally likely, and the log of their number."""
-        worded, nats, step = [], 0.0, []
-        for token in y:
-            if token != ";":
-                step.append(token)
-                continue
+        worded, nats = [], 0.0
+        *steps, answer = " ".join(y).split(" ; ")
+        for step in map(str.split, steps):
             if self.commute and (other := swapped(step)) != step:
                 step, nats = rng.choice((step, other)), nats + math.log(2)
             worded += [*step, rng.choice(self.separators) if len(self.separators) > 1 else ";"]
-            step, nats = [], nats + math.log(len(self.separators))
-        return worded + step, nats
+            nats += math.log(len(self.separators))
+        return worded + answer.split(), nats
 
     def canonical(self, y):
         """y with ';' after every step and, if they commute, the smaller one of two addends first."""

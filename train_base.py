@@ -29,10 +29,8 @@ class Config:
     task: str  # a name in tasks.TASKS
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     task_sizes: dict = dataclasses.field(default_factory=dict)  # arguments of the task's function: {"max_len": 6}
-    strategy_weights: list | dict | None = None  # the mixture, in the order of the task's strategies, or for every kind
-    #   of input its own, {"4 numbers": [1, 0, 0, 1, 1], ...} (task.kind says which it is of); None: uniform
-    wordings: list = dataclasses.field(default_factory=list)  # "separators": steps end in ; or , ; "operands": a + b is
-    #   also written b + a; by a fair coin each
+    strategy_weights: list | dict | None = None  # of the task's strategies, or such a list for every kind of input
+    wordings: list = dataclasses.field(default_factory=list)  # "separators": ; or , ends a step; "operands": b + a, too
     distinct_inputs: bool = True  # leave out inputs on which two strategies leave the same trace
     n_layer: Count = 3  # transformer blocks
     n_head: Count = 4  # attention heads
@@ -85,9 +83,8 @@ def make_task(cfg):
 
 def with_weights(task, weights):
     """The task with a mixture of its own: `strategy_weights` of a base's config."""
-    S, rng, draw = len(task.strategies), random.Random(0), task.draw_any or task.draw
-    kinds = {task.kind(x) for x in (draw(rng) for _ in range(500)) if x}
-    if isinstance(weights, dict) and set(weights) != kinds:
+    S, rng = len(task.strategies), random.Random(0)
+    if isinstance(weights, dict) and set(weights) != (kinds := {task.kind(task.sample_input(rng)) for _ in range(500)}):
         fail(f"config key 'strategy_weights' has a row for every kind of input: {', '.join(sorted(kinds))}")
     for row in weights.values() if isinstance(weights, dict) else [] if weights is None else [weights]:
         if (type(row) is not list or len(row) != S
