@@ -1,5 +1,7 @@
 # python factorize.py configs/sorting_routed_discrete.py
 base = "configs/sorting_routed_base.py"
 n_latents = 5
-steps = 850
-responsibility_steps = 530
+steps = 1700
+batch_size = 32
+fixed_label_steps = 600
+responsibility_steps = 1060
