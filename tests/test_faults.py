@@ -41,11 +41,11 @@ def fails(call, *says):
 def test_a_run_never_replaces_one_of_another_kind(workplace):
     """Neither a finished one nor one in training, --overwrite or not; nor does a factorization share its base's name."""
     run("kind")
-    shutil.copytree("out/tiny_base", "out/begun_base", dirs_exist_ok=True)
-    os.remove("out/begun_base/ckpt.pt")
+    shutil.copytree("out/tiny_base", "out/half_trained", dirs_exist_ok=True)
+    os.remove("out/half_trained/ckpt.pt")
     state = runs.load_checkpoint("out/tiny_base/ckpt.pt", "base") | {"kind": "state"}
-    runs.save("out/begun_base/state.pt", state)
-    for name, path in (("tiny_base", "ckpt.pt"), ("begun_base", "state.pt")):
+    runs.save("out/half_trained/state.pt", state)
+    for name, path in (("tiny_base", "ckpt.pt"), ("half_trained", "state.pt")):
         before = bytes_of(f"out/{name}/{path}")
         flags = [*SHORT, f"--name={name}", "--base=configs/tiny_base.py --steps=160"]
         fails(lambda: factorize.factorize(config.load(factorize, flags)), name, "name")
