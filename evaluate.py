@@ -171,8 +171,7 @@ def without_labels(model, q, base, task, tokenizer, xs, seed):
     different = sum(len(set(ys[i:i + K])) for i in range(0, len(ys), K)) / len(ys)
     records = [plain.record(xs[i // K], filter(plain.ids.get, y))[:base.config.block_size] for i, y in enumerate(ys)]
     pairs = as_pairs(records, [len(plain.prompt(x)) for x in xs for _ in range(K)])
-    pairs = pairs._replace(b=score_base(base, pairs))
-    right = q.read(q.all_features(pairs)).argmax(dim=1) == torch.arange(len(ys)) % K
+    right = q.read(q.all_features(pairs._replace(b=score_base(base, pairs)))).argmax(dim=1) == torch.arange(len(ys)) % K
     return {"distinct_outputs": different, "consistency": right.float().mean().item()}
 
 
@@ -405,11 +404,9 @@ def trace_lines(y):
 
 def show(run, xs):
     """Prints, for every x, the trace under every z side by side, the likeliest token at a time, with the strategy it
-    follows. A continuous z takes the places at which the router's samples have each strategy on average. run: what
-    load_run returns."""
+    follows. A continuous z takes the places at which the router's samples have each strategy on average."""
     _, _, task, tokenizer, model, _ = run
-    K = model.config.n_latents
-    names, z = [f"<z{k + 1}>" for k in range(K)], None
+    names, z = [f"<z{k + 1}>" for k in range(model.config.n_latents)], None
     if model.config.z_dim:
         some = different_inputs(task, 32, "test")
         found_z, _, found = router_sampled(model, task, tokenizer, some, SAMPLES, seeded(0))
@@ -456,7 +453,10 @@ def answer(argv):
         evaluate(folder)
     for key, value in (flag.split("=", 1) for flag in flags):
         run = load_run(folder)
-        show(run, [typed_input(run, value)] if key == "--x" else different_inputs(run[2], int(value), "test"))
+        xs = [typed_input(run, value)] if key == "--x" else different_inputs(run[2], int(value), "test")
+        if key == "--show" and len(xs) < int(value):
+            print(f"{run[2].name} has {len(xs)} test inputs:")
+        show(run, xs)
 
 
 def main(argv):

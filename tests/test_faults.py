@@ -179,11 +179,19 @@ def test_a_config_finds_its_base_from_another_folder(workplace, tmp_path):
     assert code == 0 and os.path.exists(tmp_path / "out" / "elsewhere" / "metrics.json"), err
 
 
-def test_more_inputs_than_there_are_are_all_there_are(workplace):
+def test_more_inputs_than_there_are_are_all_there_are(workplace, monkeypatch, capsys):
+    """At once; --show says how many there are, if it was asked for more."""
     task = train_base.load_base("out/tiny_base/ckpt.pt")[1]
     found = evaluate.different_inputs(task, 10 ** 6, "test")
     grids = {tuple(x) for x in found}
     assert len(grids) == len(found) > 20
+    shown = []
+    monkeypatch.setattr(evaluate, "load_run", lambda folder: (None, None, task))
+    monkeypatch.setattr(evaluate, "show", lambda run, xs: shown.append(xs))
+    for n in (len(found), len(found) + 1):
+        evaluate.main(["out/tiny_base", f"--show={n}"])
+        said = capsys.readouterr().out
+        assert (f"has {len(found)} test inputs" in said) == (n > len(found)) and shown.pop() == found
     assert all(tuple(task.sample_input(random.Random(i), "test")) in grids for i in range(500))
 
 
