@@ -164,7 +164,7 @@ def information(p):
 @torch.no_grad()
 def without_labels(model, q, base, task, tokenizer, xs, seed):
     """What can be said of forced z where nobody knows the strategies: the share of different y among the K of an x, and
-    how often q finds from y, without tokens that no base has, the z that it was made under."""
+    how often q finds from y, without padding and tokens that no base has, the z that it was made under."""
     K, plain = model.config.n_latents, Tokenizer(task.vocab)
     prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
     ys = [tuple(y) for y in sample_ys(model, tokenizer, prompts, seeded(seed))]

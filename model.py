@@ -179,10 +179,10 @@ def gaussian(raw):
 
 
 class KVCache:
-    """Keys and values of one layer, written in place: (B, nh, room, hs) each."""
+    """Keys and values of one layer, written in place: (B, nh, room, hs) each, of the type and device of `weight`."""
 
-    def __init__(self, *shape):
-        self.k, self.v, self.length = torch.empty(shape), torch.empty(shape), 0
+    def __init__(self, weight, *shape):
+        self.k, self.v, self.length = weight.new_empty(shape), weight.new_empty(shape), 0
 
     def append(self, k, v):
         start, self.length = self.length, self.length + k.shape[2]
@@ -215,9 +215,9 @@ def sample(model, prompts, generator, temperature=1.0, z=None):
     assert rooms.min() > 0, f"prompt of {longest} tokens leaves no room in block_size {config.block_size}"
     room = int(rooms.max())
     tokens = torch.full((len(prompts), room), PAD, device=device)
-    logps = torch.zeros(len(prompts), room, device=device)
+    logps = model.embed.weight.new_zeros(len(prompts), room)
     shape = len(prompts), config.n_head, longest + room, config.n_embd // config.n_head
-    caches = [KVCache(*shape) for _ in model.blocks]
+    caches = [KVCache(model.embed.weight, *shape) for _ in model.blocks]
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the shrinking batch belongs to
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)  # rows that have not sampled <eos> yet
     real = ids != PAD  # (B, columns): the keys that may be attended to

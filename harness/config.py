@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import inspect
 import os
-import signal
 import sys
 import types
 from typing import Annotated, Literal, get_args, get_origin
@@ -68,7 +67,7 @@ def assignments(path):
         fail(f"config file '{path}' does not exist" + (f", did you mean '{close[0]}'?" if close else ""))
     assigned = {"__file__": path}
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:  # bytes: Python finds out the encoding
             exec(compile(f.read(), path, "exec"), assigned)
     except Exception as e:
         fail(f"config file '{path}' cannot be run: {type(e).__name__}: {e}")
@@ -83,8 +82,10 @@ def load(script, argv):
     file, an unknown key (with the nearest known one), or a value that the key does not take.
     """
     if "--help" in argv or "-h" in argv or not argv:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
-        print(usage(script))
+        try:
+            print(usage(script), flush=True)
+        except OSError:  # whoever reads has seen enough, such as `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0 if argv else 2)
     path, *flags = argv
     if path.startswith("--"):

@@ -76,7 +76,7 @@ def draw_latent_space(means, labels, z, found, strategies, path):
 
 
 def draw_training(log, path):
-    """Entries of log.jsonl: R / c_base and KL, every term's share of J, and what evaluations found, against the step."""
+    """Entries of log.jsonl: R / c_base and KL, every term's share of J, and what evaluations found, by step."""
     evaluated = [e for e in log if "local_strategy_coverage_mean" in e]
     figure, axes = new_figure(13, 3.6, 3)
     steps = [e["step"] for e in log]

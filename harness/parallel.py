@@ -35,7 +35,8 @@ def start(n_threads, device="cpu", precision="float32"):
     kind = here[0] if device == "auto" else device
     bfloat16 = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
     torchrun = TORCHRUN <= os.environ.keys()
-    place = torch.device(kind, int(os.environ["LOCAL_RANK"]) if torchrun else 0) if kind == "cuda" else torch.device(kind)
+    index = int(os.environ["LOCAL_RANK"]) if torchrun else 0
+    place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
 
     def set_up_thread():
         torch.set_num_threads(1)  # matrices as small as these gain more from a core per chunk than from several on each

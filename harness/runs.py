@@ -44,7 +44,7 @@ class Run:
         self.lock = claim(self.folder)
         try:
             self.state = self.find_state()
-        except SystemExit:
+        except BaseException:
             self.lock.close()
             raise
         listening = threading.current_thread() is threading.main_thread()  # no other thread is told of signals
@@ -70,7 +70,8 @@ class Run:
             sys.exit(128 + number)
         self.signals.append(number)
         if sys.stderr:  # else descriptor 2 may be a file of the run
-            os.write(2, b"stopping after the next step; once more: at once\n")
+            with contextlib.suppress(OSError):  # whoever read it may be gone
+                os.write(2, b"stopping after the next step; once more: at once\n")
 
     def find_state(self):
         for path in (self.state_path, self.path("ckpt.pt")):
@@ -87,7 +88,7 @@ class Run:
         if self.cfg.resume and not self.cfg.overwrite and os.path.exists(self.path("ckpt.pt")):
             fail(f"'{self.folder}' holds a finished run and no saved state to go on from: python evaluate.py "
                  f"{self.folder} evaluates a factorization, --overwrite=True starts again")
-        there = os.path.exists(self.path("log.jsonl")) or os.path.exists(self.path("ckpt.pt"))
+        there = any(os.path.exists(self.path(name)) for name in ("log.jsonl", "ckpt.pt", "state.pt"))
         if there and not self.cfg.resume and not self.cfg.overwrite:
             fail(f"'{self.folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
 

@@ -1,7 +1,7 @@
 """Comparisons for the page of results: what labels would give, what clustering finds, what two tasks in one base do.
 
     python tests/baselines.py supervised configs/grid_discrete.py --name=grid_supervised --seed=0
-    python tests/baselines.py clusters configs/grid_discrete.py --seed=0 > assets/results/clusters/grid_seed0.json
+    python tests/baselines.py clusters configs/grid_discrete.py --seed=0 > out/grid_clusters.json
     python tests/baselines.py two_tasks tests/two_tasks_discrete.py --seed=0
 
 `supervised` is factorize.py with the true strategies as labels, in place of the clusters' and of responsibilities: what

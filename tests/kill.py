@@ -1,6 +1,6 @@
 """Kills real runs at random moments and lets them go on: nothing may be lost.
 
-    python tests/kill.py 24            # that many faults; a non-zero exit if anything was lost; CI runs it
+    python tests/kill.py 24            # that many faults; a non-zero exit if anything was lost; CI tries 7
     python tests/kill.py 24 --write    # the same, and writes assets/results/faults.json, a table of tests/README.md
 
 The base and its factorization on configs/tiny_*.py, saved after every step, are killed by SIGKILL, SIGTERM and SIGINT,

@@ -24,8 +24,8 @@ PAGES = ("README.md", os.path.join("assets", "results", "README.md"), os.path.jo
          os.path.join("configs", "README.md"))
 # Config keys of older result files, by their present names; None: the key is gone, and the default changes no result.
 RENAMED = {"held_steps": "fixed_label_steps", "held_alpha": "fixed_label_power", "look_inputs": "validation_inputs",
-           "slot_steps": None, "section_steps": None, "tiling_weight": "cell_weight", "recompute": None, "compile": None,
-           "cluster_restarts": None, "prior": None}
+           "tiling_weight": "cell_weight", "slot_steps": None, "section_steps": None, "recompute": None,
+           "compile": None, "cluster_restarts": None, "prior": None}
 
 
 def results(pattern):

@@ -39,7 +39,8 @@ def fails(call, *says):
 
 
 def test_a_run_never_replaces_one_of_another_kind(workplace):
-    """Neither a finished one nor one in training, --overwrite or not; nor does a factorization share its base's name."""
+    """Neither a finished one nor one in training, --overwrite or not; nor does a factorization share its base's name.
+    Who is refused does not keep the folder."""
     run("kind")
     shutil.copytree("out/tiny_base", "out/half_trained", dirs_exist_ok=True)
     os.remove("out/half_trained/ckpt.pt")
@@ -47,24 +48,27 @@ def test_a_run_never_replaces_one_of_another_kind(workplace):
     runs.save("out/half_trained/state.pt", state)
     for name, path in (("tiny_base", "ckpt.pt"), ("half_trained", "state.pt")):
         before = bytes_of(f"out/{name}/{path}")
-        flags = [*SHORT, f"--name={name}", "--base=configs/tiny_base.py --steps=160"]
-        fails(lambda: factorize.factorize(config.load(factorize, flags)), name, "name")
+        flags = [*SHORT, f"--name={name}", "--base=configs/tiny_base.py --name=another_base"]
+        fails(lambda: factorize.factorize(config.load(factorize, flags)), f"out/{name}/{path}' is of a base")
         assert bytes_of(f"out/{name}/{path}") == before
     before = bytes_of("out/kind/ckpt.pt")
     fails(lambda: train_base.train(config.load(train_base, [*BASE, "--name=kind", "--overwrite=True"])),
           "out/kind/ckpt.pt' is of a factorization")
-    runs.claim("out/kind").close()  # who is refused does not keep the folder
+    runs.claim("out/kind").close()
     assert bytes_of("out/kind/ckpt.pt") == before
     flags = [*SHORT, "--name=new", "--base=configs/tiny_base.py --name=new"]
     fails(lambda: factorize.factorize(config.load(factorize, flags)), "share out/new")
     assert not os.path.exists("out/new")
 
 
-def test_a_checkpoint_that_stands_alone_is_a_run_as_well(workplace):
-    os.makedirs("out/stands_alone", exist_ok=True)
-    shutil.copy("out/tiny_base/ckpt.pt", "out/stands_alone/ckpt.pt")
-    fails(lambda: train_base.train(config.load(train_base, [*BASE, "--name=stands_alone"])), "holds a run already")
-    assert bytes_of("out/stands_alone/ckpt.pt") == bytes_of("out/tiny_base/ckpt.pt")
+@pytest.mark.parametrize("file", ["ckpt.pt", "state.pt"])
+def test_a_checkpoint_or_a_state_that_stands_alone_is_a_run_as_well(workplace, file):
+    folder = f"out/{file}_stands_alone"
+    os.makedirs(folder, exist_ok=True)
+    shutil.copy("out/tiny_base/ckpt.pt", f"{folder}/{file}")
+    cfg = config.load(train_base, [*BASE, f"--name={file}_stands_alone"])
+    fails(lambda: train_base.train(cfg), "holds a run already")
+    assert bytes_of(f"{folder}/{file}") == bytes_of("out/tiny_base/ckpt.pt")
 
 
 @pytest.fixture
@@ -96,7 +100,8 @@ def test_two_programs_do_not_share_a_folder(holder):
 
 def test_a_run_gives_its_folder_back_however_it_ends(workplace):
     cfg = config.load(train_base, [*BASE, "--name=again", "--overwrite=True"])
-    with pytest.raises(ZeroDivisionError), runs.Run(cfg):
+    kept = runs.Run(cfg)  # nothing is freed by being forgotten
+    with pytest.raises(ZeroDivisionError), kept:
         1 / 0
     with runs.Run(cfg):
         fails(lambda: runs.claim("out/again"), str(os.getpid()))
@@ -170,6 +175,49 @@ def test_a_config_may_be_a_pipe_and_import_modules(workplace):
     assert done.returncode == 0 and os.path.exists("out/piped/ckpt.pt"), done.stderr
 
 
+@pytest.mark.parametrize("text", [b"\xef\xbb\xbfn_layer = 1\n", b"# -*- coding: latin-1 -*-\n# \xe9\nn_layer = 1\n"])
+def test_a_config_may_have_any_encoding_that_python_reads(tmp_path, text):
+    (tmp_path / "base.py").write_bytes(text + b"task = 'grid_pathfinding'\n")
+    assert config.load(train_base, [str(tmp_path / "base.py")]).n_layer == 1
+
+
+def test_help_ends_quietly_and_leaves_signals_to_the_caller(workplace):
+    before, found = signal.getsignal(signal.SIGPIPE), []
+
+    def ask():
+        with pytest.raises(SystemExit) as exit:
+            config.load(train_base, ["--help"])
+        found.append(exit.value.code)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [0] and signal.getsignal(signal.SIGPIPE) == before
+    done = shell(f"{sys.executable} {ROOT}/train_base.py --help | true", workplace)
+    assert not done.stderr
+
+
+def test_a_signal_is_noted_where_nobody_reads_the_message(workplace, monkeypatch):
+    """A pipe that stderr goes into may be closed by the same Ctrl-C: the step is finished and saved all the same."""
+    def closed(*args):
+        raise BrokenPipeError
+
+    cfg = config.load(train_base, [*BASE, "--name=unread", "--overwrite=True"])
+    monkeypatch.setattr(runs.Run, "check_finite", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(runs.os, "write", closed)
+    with pytest.raises(SystemExit) as exit:
+        train_base.train(cfg)
+    assert exit.value.code == 128 + signal.SIGTERM and os.path.exists("out/unread/state.pt")
+
+
+def test_samples_are_of_the_models_own_type(workplace):
+    base, task, _ = train_base.load_base("out/tiny_base/ckpt.pt")
+    prompt = Tokenizer(task.vocab).prompt("0 1 to 2 3".split())
+    models = base, copy.deepcopy(base).double()
+    single, double = (sample(model, [prompt], seeded(0), temperature=0) for model in models)
+    assert double[1].shape == single[1].shape and torch.equal(single[0], double[0])
+
+
 def test_a_config_finds_its_base_from_another_folder(workplace, tmp_path):
     """Beside the config file, if not where `base` says; out/ is where the program runs."""
     os.makedirs(tmp_path / "out")
@@ -217,7 +265,7 @@ def test_a_cache_that_is_filled_in_pieces_needs_a_mask(workplace):
     model = GPT(GPTConfig(20, 0, 16, n_layer=2, n_head=2, n_embd=16)).requires_grad_(False)
     ids, whole = torch.randint(10, 20, (2, 8)), None
     for pieces in ((8,), (5, 3), (1, 6, 1)):
-        caches, done, found = [KVCache(2, 2, 8, 8) for _ in range(2)], 0, []
+        caches, done, found = [KVCache(model.embed.weight, 2, 2, 8, 8) for _ in range(2)], 0, []
         for n in pieces:
             positions, mask = torch.arange(done, done + n).expand(2, n), torch.ones(8, 8).tril().bool()
             mask = mask[done:done + n, :done + n]
