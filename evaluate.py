@@ -12,13 +12,14 @@ import random
 import re
 import signal
 import sys
+import textwrap
 
 import torch
 import torch.nn.functional as F
 
 import losses
 from harness import figures, parallel, runs
-from harness.config import fail
+from harness.config import drop_stdout, fail
 from harness.parallel import seeded
 from model import (GPT, GPTConfig, as_pairs, gaussian, in_chunks, log_likelihood, sample_pairs, score_base,
                    score_router)
@@ -55,11 +56,15 @@ def local_coverage(found, n, K, S, prefix=""):
 @torch.no_grad()
 def controlled(model, task, tokenizer, xs, seed):
     """Forces every z on every x and decodes one y. Returns (metrics, C), C[z][s]: share of x on which z gave s, of
-    those on which the data has s. A y that is the trace of several strategies is that which its z is matched to."""
+    those on which the data has s; None where nobody knows strategies. A y that is the trace of several strategies is
+    that which its z is matched to."""
     K, S = model.config.n_latents, len({s for x in xs for s in task.mixture(x)})
     prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
     ys = sample_ys(model, tokenizer, prompts, seeded(seed))
     all_xs = [x for x in xs for _ in range(K)]
+    metrics = {f"controlled_{key}": value for key, value in score_answers(task, all_xs, ys).items()}
+    if not S:
+        return metrics, None
     found, there = [task.all_strategies(x, y) for x, y in zip(all_xs, ys)], [task.mixture(x) for x in xs]
     C = torch.tensor([[sum(s in own for own in found[k::K]) / max(sum(s in has for has in there), 1)
                        for s in task.strategies] for k in range(K)])
@@ -70,7 +75,7 @@ def controlled(model, task, tokenizer, xs, seed):
     return {"alignment_one_to_one": alignment, **coverage,
             "permutation_gap": coverage["local_strategy_coverage_mean"] - alignment,
             "latent_purity": C.max(dim=1).values.min().item(),
-            **{f"controlled_{key}": value for key, value in score_answers(task, all_xs, ys).items()}}, C
+            "attributed": 1 - found.count(None) / len(found), **metrics}, C
 
 
 @torch.no_grad()
@@ -111,8 +116,10 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
     metrics |= {f"base_{key}": value for key, value in score_answers(task, all_xs, base_ys).items()}
     shares, base_shares = ([each.count(s) / len(all_xs) for s in (*task.strategies, None)]
                            for each in (found, base_found))
-    metrics["sampled_strategy_total_variation"] = sum(abs(a - b) for a, b in zip(shares, base_shares)) / 2
     S = [len(task.mixture(x)) for x in xs]
+    if not all(S):  # nobody knows strategies
+        return metrics, shares, base_shares, z, found
+    metrics["sampled_strategy_total_variation"] = sum(abs(a - b) for a, b in zip(shares, base_shares)) / 2
     K = samples if model.config.z_dim else model.config.n_latents
     metrics |= local_coverage(base_found, samples, K, S, "base_")  # what K samples of the base show
     if model.config.z_dim:
@@ -125,7 +132,7 @@ def strategy_probabilities(model, base, task, tokenizer, xs):
     """p(y|x) of the trace of every strategy on every x, not sampled: of the base and of the factorization, (N, S)
     each; 0 for a strategy that the data does not have there. A trace counts as often as it has wordings; strategies
     that coincide have equal parts of it."""
-    traces = [list(task.traces(x).items()) for x in xs]
+    traces = [[(s, y) for s, y in task.traces(x) if s] for x in xs]
     place = [(i, task.strategies.index(s)) for i, own in enumerate(traces) for s, _ in own]
     ys = [[y for _, y in own] for own in traces]
     many = torch.tensor([task.word(y, random.Random(0))[1] - math.log(own.count(y)) for own in ys for y in own])
@@ -135,9 +142,10 @@ def strategy_probabilities(model, base, task, tokenizer, xs):
     log_base = in_chunks(lambda chunk: -score_base(base, chunk).sum(dim=1), pairs)
     logp_z = router(model, tokenizer, xs)[[i for i, _ in place]]
     log_model = (logp_z + log_likelihood(model, pairs)).logsumexp(dim=1)
-    p = torch.zeros(2, len(xs), len(task.strategies))
-    p[:, *torch.tensor(place).T] = torch.stack((log_base, log_model)).add(many).exp()
-    return p[0], p[1]
+    p = torch.zeros(2, len(xs) * len(task.strategies))
+    cell = torch.tensor([i * len(task.strategies) + s for i, s in place])
+    p.index_add_(1, cell, torch.stack((log_base, log_model)).add(many).exp())
+    return p.view(2, len(xs), -1)
 
 
 def router_at_work(logp_z, p_model, p_base, kinds):
@@ -149,7 +157,7 @@ def router_at_work(logp_z, p_model, p_base, kinds):
     p_z, p_s = logp_z.exp(), p_base / p_base.sum(dim=1, keepdim=True)
     router, base = ((of_kind / of_kind.sum(dim=0)).T @ p for p in (p_z, p_s))
     with_none = [torch.cat((p, 1 - p.sum(dim=1, keepdim=True)), dim=1) for p in (p_base, p_model)]
-    metrics = {"router_information": information(p_z), "base_kind_information": information(of_kind @ base),
+    metrics = {"base_kind_information": information(of_kind @ base),
                "router_kind_information": information(of_kind @ router),
                "strategy_total_variation_per_input": torch.sub(*with_none).abs().sum(dim=1).mean().item() / 2}
     return metrics, names, router, base
@@ -165,14 +173,20 @@ def information(p):
 def without_labels(model, q, base, task, tokenizer, xs, seed):
     """What can be said of forced z where nobody knows the strategies: the share of different y among the K of an x, and
     how often q finds from y, without padding and tokens that no base has, the z that it was made under."""
-    K, plain = model.config.n_latents, Tokenizer(task.vocab)
-    prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
+    K, prompts = model.config.n_latents, [tokenizer.prompt(x, k) for x in xs for k in range(model.config.n_latents)]
     ys = [tuple(y) for y in sample_ys(model, tokenizer, prompts, seeded(seed))]
     different = sum(len(set(ys[i:i + K])) for i in range(0, len(ys), K)) / len(ys)
-    records = [plain.record(xs[i // K], filter(plain.ids.get, y))[:base.config.block_size] for i, y in enumerate(ys)]
-    pairs = as_pairs(records, [len(plain.prompt(x)) for x in xs for _ in range(K)])
-    right = q.read(q.all_features(pairs._replace(b=score_base(base, pairs)))).argmax(dim=1) == torch.arange(len(ys)) % K
+    pairs = known_to_base(base, task, [x for x in xs for _ in range(K)], ys)
+    right = q.read(q.all_features(pairs)).argmax(dim=1) == torch.arange(len(ys)) % K
     return {"distinct_outputs": different, "consistency": right.float().mean().item()}
+
+
+def known_to_base(base, task, xs, ys):
+    """Inputs and solutions as the base would have said them: model.Pairs, without tokens that it does not have."""
+    plain = Tokenizer(task.vocab)
+    records = [plain.record(x, filter(plain.ids.get, y))[:base.config.block_size] for x, y in zip(xs, ys)]
+    pairs = as_pairs(records, [len(plain.prompt(x)) for x in xs])
+    return pairs._replace(b=score_base(base, pairs))
 
 
 @torch.enable_grad()
@@ -231,12 +245,12 @@ def discrete_fidelity(model, pairs, logq, logp_z, labels, S):
     mean_router = logp_z.logsumexp(dim=0) - math.log(n)
     marginal_q, entropy = logq.logsumexp(dim=0) - math.log(n), losses.posterior_entropy(logq).mean()
     choice = F.one_hot(logq.argmax(dim=1), logq.shape[1]).float()
-    joint = choice.T @ F.one_hot(labels.clamp(min=0), S).float().mul((labels >= 0)[:, None]) / n
+    joint = choice.T @ F.one_hot(labels + 1, S + 1)[:, 1:].float() / n
     return {"nll": -(logp_z + logp_y).logsumexp(dim=1),
             "nll_of_mean_router": -(mean_router + logp_y).logsumexp(dim=1).mean().item(),
             "reconstruction": losses.reconstruction(logp_y, logq).mean().item(),
             "kl": losses.categorical_kl(logq, logp_z).mean().item(),
-            "posterior_alignment": one_to_one_matching(joint)[0], "posterior_entropy": entropy.item(),
+            **({"posterior_alignment": one_to_one_matching(joint)[0]} if S else {}), "posterior_entropy": entropy.item(),
             "posterior_mutual_information": (-(marginal_q.exp() * marginal_q).sum() - entropy).item()}
 
 
@@ -282,6 +296,8 @@ def during_training(model, q, task, pool, n_inputs, seed):
     semantics of router samples for at most 32 inputs, and of the posterior on the pool of *training* pairs."""
     tokenizer = Tokenizer(task.vocab, model.config.n_latents)
     xs = different_inputs(task, n_inputs, "validation")
+    if not all(map(task.mixture, xs)):  # nobody knows strategies
+        return {} if model.config.z_dim else without_labels(model, q, q.backbone, task, tokenizer, xs, seed)
     if not model.config.z_dim:
         metrics, C = controlled(model, task, tokenizer, xs, seed)
         return metrics | {"strategy_by_latent": C.tolist()}
@@ -345,21 +361,27 @@ def evaluate(folder, seed=0):
     checkpoint, base, task, tokenizer, model, q = run = load_run(folder)
     cfg, D = checkpoint["config"], model.config.z_dim
     xs = different_inputs(task, cfg["eval_inputs"], "test")
+    xs = [x for x in xs if task.mixture(x)] or xs  # those of a file that have labels, if any
     metrics, C = ({}, None) if D else controlled(model, task, tokenizer, xs, seed)
     samples = SAMPLES if D else max(cfg["eval_samples"], model.config.n_latents)
     router_metrics, shares, base_shares, z, found = against_base(model, base, task, tokenizer, xs, samples, seed)
-    likelihood, labels, posterior = held_out(model, q, base, task, tokenizer, xs, 4 * cfg["eval_inputs"],
-                                             checkpoint["base"]["c_base"], seed)
+    n = 4 * min(cfg["eval_inputs"], 10 * len(xs))
+    likelihood, labels, posterior = held_out(model, q, base, task, tokenizer, xs, n, checkpoint["base"]["c_base"], seed)
     metrics |= router_metrics | likelihood
-    if D:
+    if D and task.strategies:
         metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
-    else:
+    if not D:
+        logp_z = router(model, tokenizer, xs)
+        metrics |= without_labels(model, q, base, task, tokenizer, xs, seed)
+        metrics["router_information"] = information(logp_z.exp())
+    if C is not None:
         p_base, p_model = strategy_probabilities(model, base, task, tokenizer, xs)
-        at_work, *by_kind = router_at_work(router(model, tokenizer, xs), p_model, p_base, list(map(task.kind, xs)))
-        metrics |= at_work | without_labels(model, q, base, task, tokenizer, xs, seed)
+        at_work, *by_kind = router_at_work(logp_z, p_model, p_base, list(map(task.kind, xs)))
+        metrics |= at_work
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
     metrics |= checkpoint["clusters"] | {"test_inputs": len(xs), "minutes": checkpoint["minutes"]}
-    runs.write_result(folder, cfg, checkpoint["made_with"] | {"base": checkpoint["base"]["config"]}, metrics)
+    made_with = checkpoint["made_with"] | {"evaluated_by": runs.current_commit(), "base": checkpoint["base"]["config"]}
+    runs.write_result(folder, cfg, made_with, metrics)
     named = [f"{s}\nrouter {share:.0%}, base {base_share:.0%}"  # shares of the samples of either
              for s, share, base_share in zip(task.strategies, shares, base_shares)]
     log = runs.read_log(folder)
@@ -371,19 +393,32 @@ def evaluate(folder, seed=0):
         figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), named,
                                   os.path.join(folder, "latent_space.png"))
     else:
-        figures.draw_matching(C, one_to_one_matching(C)[1], named, os.path.join(folder, "matching.png"))
-        figures.draw_router(*by_kind, one_to_one_matching(C)[1], task.strategies, os.path.join(folder, "router.png"))
-        figures.draw_traces(" ".join(xs[0]), *sample_traces(run, xs[0], seed), task.strategies,
+        figures.draw_traces(task.text(xs[0]), *sample_traces(run, xs[0], seed), task.strategies,
                             os.path.join(folder, "traces.png"))
+    if C is not None:
+        matching = one_to_one_matching(C)[1]
+        figures.draw_matching(C, matching, named, os.path.join(folder, "matching.png"))
+        figures.draw_router(*by_kind, matching, task.strategies, os.path.join(folder, "router.png"))
     for name in SHOWN:
         if name in metrics:
             print(f"{name:36s} {metrics[name]:.3f}")
-    if not D:
+    if C is not None:
         meanings = [f"<z{k + 1}> {'none' if s is None else f'{task.strategies[s]} ({C[k, s]:.2f})'}"
-                    for k, s in enumerate(one_to_one_matching(C)[1])]
+                    for k, s in enumerate(matching)]
         print("z and the strategy it means:", ", ".join(meanings))
+    if C is not None and task.records is not None:
+        print("z and the strategy that most of its y are nearest to:",
+              ", ".join(f"<z{k + 1}> {s}" for k, s in enumerate(nearest(model, task, tokenizer, xs, seed))))
     print(f"wrote {folder}/metrics.json and the figures beside it", flush=True)
     return metrics
+
+
+def nearest(model, task, tokenizer, xs, seed):
+    """For every z the strategy whose labelled y most of its y are nearest to: for files in which few y have labels."""
+    K = model.config.n_latents
+    ys = sample_ys(model, tokenizer, [tokenizer.prompt(x, k) for x in xs for k in range(K)], seeded(seed))
+    names = [task.nearest_strategy(xs[i // K], y) for i, y in enumerate(ys)]
+    return [max(set(names[k::K]), key=names[k::K].count) for k in range(K)]
 
 
 def sample_traces(run, x, seed):
@@ -392,45 +427,55 @@ def sample_traces(run, x, seed):
     K, generator = model.config.n_latents, seeded(seed)
     ys = sample_ys(base, tokenizer, K * [tokenizer.prompt(x)], generator)
     ys += sample_ys(model, tokenizer, [tokenizer.prompt(x, k) for k in range(K)], generator)
-    traces = [(task.attribute(x, y) or "no strategy", trace_lines(y)) for y in ys]
+    traces = [(task.attribute(x, y) or "no strategy", trace_lines(task, y)) for y in ys]
     return traces[:K], traces[K:]
 
 
-def trace_lines(y):
+def trace_lines(task, y):
     """A solution y as lines of text, a step each."""
-    lines = " ".join(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")
-    return [line.strip(" ;") for line in lines]
+    lines = task.text(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")
+    return [part for line in lines for part in textwrap.wrap(line.strip(" ;"), 60) or [""]]
 
 
 def show(run, xs):
     """Prints, for every x, the trace under every z side by side, the likeliest token at a time, with the strategy it
     follows. A continuous z takes the places at which the router's samples have each strategy on average."""
-    _, _, task, tokenizer, model, _ = run
+    _, base, task, tokenizer, model, q = run
     names, z = [f"<z{k + 1}>" for k in range(model.config.n_latents)], None
     if model.config.z_dim:
         some = different_inputs(task, 32, "test")
         found_z, _, found = router_sampled(model, task, tokenizer, some, SAMPLES, seeded(0))
         there = [s for s in task.strategies if s in found]
-        if not there:
-            fail("no z of the router gives any strategy: there is nothing to show")
-        z, _ = centroids(found_z.flatten(0, 1), indices(task, found), indices(task, there).tolist())
-        names = [f"z of {s}:" for s in there]
+        names, z = [f"cell {k + 1}:" for k in range(len(q.cells.centres))], q.cells.centres
+        if there:
+            z, _ = centroids(found_z.flatten(0, 1), indices(task, found), indices(task, there).tolist())
+            names = [f"z of {s}:" for s in there]
     for x in xs:
         prompts = [tokenizer.prompt(x, k, continuous=z is not None) for k in range(len(names))]
         ys = sample_ys(model, tokenizer, prompts, seeded(0), temperature=0, z=z)
-        found = [task.attribute(x, y) or f"no strategy (nearest: {task.nearest_strategy(x, y)})" for y in ys]
-        columns = [[f"{name} {strategy}", *trace_lines(y)] for name, strategy, y in zip(names, found, ys)]
+        p_base = known_to_base(base, task, len(ys) * [x], ys).b.sum(dim=1).neg().exp().tolist()
+        found = [followed(task, x, y) for y in ys]
+        columns = [[f"{name} {strategy}", f"p(y|x) of the base: {p:.3f}", *trace_lines(task, y)]
+                   for name, strategy, p, y in zip(names, found, p_base, ys)]
         widths = [max(map(len, column)) for column in columns]
-        print(f"\nx = {' '.join(x)}")
+        print(f"\nx = {task.text(x)}")
         for i in range(max(map(len, columns))):
             print("  " + " | ".join((c[i] if i < len(c) else "").ljust(w) for c, w in zip(columns, widths)).rstrip())
+
+
+def followed(task, x, y):
+    if strategy := task.attribute(x, y):
+        return strategy
+    if nearest := task.nearest_strategy(x, y):
+        return f"no strategy (nearest: {nearest})"
+    return "in the file" if task.is_trace(x, y) else "not in the file"
 
 
 def typed_input(run, text):
     """The input a user typed, as tokens, or one line that says what the task expects."""
     _, _, task, tokenizer, _, _ = run
     try:
-        x = tokenizer.split(text)
+        x = tokenizer.split(text, task.tokens)
     except ValueError as e:
         fail(f"--x: {e}")
     problem = task.check(x) or (None if task.is_valid_input(x) else "some of its strategies coincide on it")
@@ -450,7 +495,8 @@ def answer(argv):
         if not re.fullmatch(r"--show=[1-9][0-9]*|--x=.+", flag, re.DOTALL):
             fail(f"unknown or incomplete flag '{flag}'; known: --show=N, --x=\"...\"")
     if not flags:
-        evaluate(folder)
+        with runs.claim(folder):  # no other program replaces the checkpoint meanwhile
+            evaluate(folder)
     for key, value in (flag.split("=", 1) for flag in flags):
         run = load_run(folder)
         xs = [typed_input(run, value)] if key == "--x" else different_inputs(run[2], int(value), "test")
@@ -464,7 +510,7 @@ def main(argv):
         answer(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
     except OSError as e:  # a full disk
         fail(str(e))
     except KeyboardInterrupt:

@@ -14,6 +14,8 @@ config.json, log.jsonl, metrics.json, result.json and figures. The recipe:
 import dataclasses
 import math
 import random
+import re
+import signal
 import sys
 from typing import Literal
 
@@ -24,7 +26,7 @@ import evaluate
 import losses
 import train_base
 from harness import config, parallel, runs
-from harness.config import Count, Weight, at_least, between, fail
+from harness.config import Count, Weight, at_least, between, fail, say
 from harness.optim import make_optimizers, set_learning_rates, update
 from harness.parallel import seeded, sum_chunks
 from model import (Pairs, gaussian, in_chunks, log_likelihood, sample_pairs, score_latents,
@@ -317,7 +319,7 @@ def factorize(cfg):
             if run.due(step):
                 entry |= evaluate.during_training(model, q, task, pool, cfg.validation_inputs, step)
             run.log(entry)
-            report(cfg, bar, entry)
+            report(run, bar, entry)
             run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {
                 "posterior": q.state_dict(), "c_base": c_base, "pool": list(pool),
                 "labels": labels, "clusters": (share, found)})
@@ -341,13 +343,13 @@ def find_clusters(run, q, base, task):
     share, clusters = start_posterior(
         q, pairs, x_index, cfg.n_latents, cfg.seed, cfg.cluster_searches, cfg.posterior_std)
     found = {f"cluster_{name}": value for name, value in clusters._asdict().items() if name != "r"}
-    print(f"{cfg.name}: {len(share)} clusters with shares {', '.join(f'{s:.2f}' for s in share)}; "
-          f"{clusters.collisions:.1%} of the responses collide, {clusters.agreement:.0%} of the "
-          f"searches agree, halves of the inputs on {clusters.halves:.1%}; {run.minutes:.1f} min",
-          flush=True)
+    say(f"{cfg.name}: {len(share)} clusters with shares {', '.join(f'{s:.2f}' for s in share)}; "
+        f"{clusters.collisions:.1%} of the responses collide, {clusters.agreement:.0%} of "
+        f"{clusters.searches} searches agree, halves of the inputs on {clusters.halves:.1%}; "
+        f"{run.minutes:.1f} min")
     if clusters.halves < 0.9:
-        print(f"{cfg.name}: clusters that half of the inputs do not confirm are not to be trusted: "
-              "more cluster_inputs, or another n_latents, may help", flush=True)
+        say(f"{cfg.name}: clusters that half of the inputs do not confirm are not to be trusted: "
+            "more cluster_inputs, or another n_latents, may help")
     return share, found | {"cluster_shares": share.tolist()}
 
 
@@ -371,23 +373,23 @@ def log_entry(step, stage, terms, weights, c_base):
             "normalized_reconstruction": terms["reconstruction"] / c_base}
 
 
-def report(cfg, bar, entry):
+def report(run, bar, entry):
     """The numbers that a person watches: in the progress bar, and a line for every evaluation."""
     line = f"R/c {entry['normalized_reconstruction']:.3f}, KL {entry['kl']:.3f}"
     bar.set_postfix_str(line, refresh=False)
-    if "local_strategy_coverage_mean" in entry:
-        score = (f"probe {entry['sampled_z_probe_accuracy']:.3f}" if cfg.z_dim else
-                 f"alignment {entry['alignment_one_to_one']:.3f}")
-        bar.write(f"{cfg.name} step {entry['step']}/{cfg.steps}: {line}, {score}, coverage "
-                  f"{entry['local_strategy_coverage_mean']:.3f}, {entry['minutes']:.1f} min")
-        sys.stdout.flush()
+    cfg = run.cfg
+    shown = {"sampled_z_probe_accuracy": "probe", "alignment_one_to_one": "alignment",
+             "local_strategy_coverage_mean": "coverage", "consistency": "consistency"}
+    if run.due(entry["step"] - 1):
+        scores = "".join(f", {name} {entry[key]:.3f}" for key, name in shown.items() if key in entry)
+        say(f"{cfg.name} step {entry['step']}/{cfg.steps}: {line}{scores}, {entry['minutes']:.1f} min")
 
 
 # ------------------------------------------------------------- the config
 def load_base_config(cfg):
-    path, *flags = cfg.base.split(" --")  # no shell takes it apart
-    flags += [f"{key}={getattr(cfg, key)}" for key in ("threads", "device", "precision", "resume")]
-    return config.load(train_base, [path, *(f"--{flag}" for flag in flags)])
+    path_and_flags = re.split(r"\s+(?=--)", cfg.base)  # no shell takes it apart
+    return config.load(train_base, path_and_flags + [
+        f"--{key}={getattr(cfg, key)}" for key in ("threads", "device", "precision", "resume")])
 
 
 def check(cfg):
@@ -412,6 +414,7 @@ def check(cfg):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, until runs.Run listens
     run_folder = factorize(config.load(sys.modules["__main__"], sys.argv[1:]))
     if parallel.leave():
         evaluate.main([run_folder])

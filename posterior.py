@@ -180,7 +180,8 @@ TRIES = 12  # to merge and split without success, after which a search ends
 class Clusters(NamedTuple):
     r: torch.Tensor  # (N, K): how much each response belongs to each cluster
     collisions: float  # share of an input's responses beyond the first that are in no new cluster
-    agreement: float  # share of the searches that ended in these clusters
+    searches: int  # how many were made
+    agreement: float  # share of them that ended in these clusters
     halves: float  # share of the responses that clusters of half of the inputs alone put likewise
 
 
@@ -196,9 +197,10 @@ def start_posterior(q, pairs, x_index, K, seed, searches, std):
     weight = torch.tensor([float(len(rows)) for rows in count.values()])
     pairs, x_index = pairs.rows(index), x_index[index]
     siblings = (x_index.bincount() > 1)[x_index]  # a response that is alone has no contrast
-    if siblings.sum() < 2 * max(K, 2):
-        fail(f"config key 'cluster_inputs': {siblings.sum()} responses, of inputs that have "
-             f"several, are too few for {K or 'any'} clusters")
+    several = len(x_index[siblings].unique())
+    if several < 4 or siblings.sum() < 2 * max(K, 2):
+        fail(f"config key 'cluster_inputs': {siblings.sum()} responses, of the {several} inputs "
+             f"that have several, are too few for {K or 'any'} clusters")
     features = q.fit_statistics(pairs)
     # the last two layers, pooled with equal weights: earlier ones say more about x than about z
     width = q.backbone.config.n_embd
@@ -281,7 +283,7 @@ def cluster_responses(features, x_index, K, seed, searches):
         collisions = (len(r) - different) / (len(r) - x_index.max().item() - 1)
         confirmed = min(agreement(one, r[part]) for one, part in zip(of_halves, halves[1:]))
         if K or (collisions < 0.07 and confirmed > 0.9):
-            return Clusters(r, collisions, sum(same[0]) / len(same[0]), confirmed)
+            return Clusters(r, collisions, len(found[0]), sum(same[0]) / len(found[0]), confirmed)
     fail(f"no number of clusters up to {k} tells the different responses to one input apart and is "
          "found in halves of the inputs, too: set n_latents to the number you want")
 

@@ -1,6 +1,7 @@
 """Six synthetic tasks, each solved by several strategies that share the answer and differ in the trace.
 
     python tasks.py                        # prints one worked example of every strategy
+    python tasks.py traces.jsonl           # prints what a file of traces holds
 
 A trace is a deterministic function of (x, strategy), but for its wording, if a task has several. Inputs x, outputs y
 and answers are lists of string tokens; y is a sequence of steps, each closed by ';', then 'ans' and the answer.
@@ -10,9 +11,12 @@ import math
 import random
 import re
 import signal
+import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
+
+from harness import traces
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<x>", "</x>", "<z>", "</z>", "<y>", "</y>", "<z_empty>")
 PAD, BOS, EOS, X, X_END, Z, Z_END, Y, Y_END, Z_EMPTY = range(len(SPECIALS))
@@ -40,10 +44,10 @@ class Tokenizer:
     def decode(self, ids):
         return [self.tokens[i] for i in ids]
 
-    def split(self, text):
+    def split(self, text, words=str.split):
         """Turns typed text ("47 + 38") into task tokens; raises ValueError naming the first piece that is none."""
         tokens = []
-        for word in text.split():
+        for word in words(text):
             while word:
                 match = self._split.match(word)
                 if not match:
@@ -89,11 +93,17 @@ class Task:
     commute: bool = False  # whether a + b may be written b + a
     distinct: bool = True  # leave out inputs on which two strategies leave the same trace
     draw_any: Callable | None = None  # what draws inputs if they are not left out; default: draw
+    records: dict | None = None  # of a file of traces (`traces_task`): the text of x -> its harness.traces.Record
+    tokens: Callable = str.split  # text -> its tokens
 
     strategies = property(lambda self: tuple(self.steps))
+    solutions_each = property(lambda self: len(self.steps) if self.records is None else 1)  # of `solutions`, at most
 
     def mixture(self, x):
-        """The strategies of the data on x, strategy -> share, without those of share 0."""
+        """The strategies of the data on x, strategy -> share, without those of share 0; in a file, of its labels."""
+        if self.records is not None:
+            labels = [r.strategy for r in self.records_of(x) if r.strategy]
+            return {s: labels.count(s) / len(labels) for s in self.strategies if s in labels}
         row = self.weights[self.kind(x)] if isinstance(self.weights, dict) else self.weights
         row = row or len(self.steps) * [1.0]
         return {s: w / sum(row) for s, w in zip(self.strategies, row) if w}
@@ -102,12 +112,37 @@ class Task:
         """The solution y of x by `strategy`: its steps, then the answer; of all wordings the canonical one."""
         return self.canonical([t for step in self.steps[strategy](x) for t in (*step, ";")] + ["ans", *self.answer(x)])
 
+    def text(self, tokens):
+        return ("" if self.tokens is list else " ").join(tokens)
+
+    def records_of(self, x):
+        """The records of a file that answer x, of which there are none if somebody typed it."""
+        return self.records.get(self.text(x), [])
+
     def traces(self, x):
-        """The traces of all strategies that the data has on x, strategy -> y."""
-        return {s: self.trace(x, s) for s in self.mixture(x)}
+        """What the data has for x: different (strategy, y); strategy is None where a file has no label."""
+        if self.records is not None:
+            return [(s, self.tokens(y)) for s, y in dict.fromkeys((r.strategy, r.y) for r in self.records_of(x))]
+        return [(s, self.trace(x, s)) for s in self.mixture(x)]
+
+    def solutions(self, x, rng):
+        """What a base learns of x: (y, weight) pairs, and the entropy of y in nats. Weighted, they have the exact loss:
+        which strategy was drawn makes no noise. Of a file, one draw of its records, as they are; nobody knows their
+        entropy (nan)."""
+        if self.records is not None:
+            return [(self.tokens(rng.choice(self.records_of(x)).y), 1.0)], math.nan
+        mixture, traces, found, entropy = self.mixture(x), dict(self.traces(x)), [], 0.0
+        for strategy, share in mixture.items():
+            y, nats = self.word(traces[strategy], rng)
+            found.append((y, share))
+            alike = sum(mixture[s] for s in traces if traces[s] == traces[strategy])  # the share of this very trace
+            entropy += share * (nats - math.log(alike))
+        return found, entropy
 
     def word(self, y, rng):
         """One wording of a canonical y, each equally likely, and the log of their number."""
+        if len(self.separators) == 1 and not self.commute:
+            return y, 0.0
         worded, nats = [], 0.0
         *steps, answer = " ".join(y).split(" ; ")
         for step in map(str.split, steps):
@@ -128,8 +163,8 @@ class Task:
     def is_valid_input(self, x):
         """True if no two strategies leave the same trace on x, so that attribution is never ambiguous; or if that does
         not matter."""
-        traces = self.traces(x).values()
-        return not self.distinct or len(set(map(tuple, traces))) == len(traces)
+        traces = [tuple(y) for _, y in self.traces(x)] if self.distinct else []
+        return len(set(traces)) == len(traces)
 
     def split(self, x):
         """'test' for about one input in ten, 'validation' for one in twenty, else 'train', by a hash of x: the same for
@@ -162,6 +197,10 @@ class Task:
             return Parsed(None, None, "malformed answer")
         return Parsed(steps, answer, None)
 
+    def is_trace(self, x, y):
+        """Whether the data has y for x."""
+        return self.canonical(y) in [trace for _, trace in self.traces(x)]
+
     def attribute(self, x, y):
         """The strategy whose trace equals y in its canonical wording, token for token (the first of several), or
         None."""
@@ -170,15 +209,16 @@ class Task:
     def all_strategies(self, x, y):
         """All strategies whose trace equals y: more than one where strategies coincide."""
         y = self.canonical(y)
-        return [s for s, trace in self.traces(x).items() if trace == y]
+        return [s for s, trace in self.traces(x) if s and trace == y]
 
     def nearest_strategy(self, x, y):
-        """Diagnostic: the strategy whose trace shares the longest prefix with y (the first of equals)."""
-        y, traces = self.canonical(y), self.traces(x)
+        """Diagnostic: the strategy whose trace shares the longest prefix with y (the first of equals); None where no
+        trace of x has one."""
+        y = self.canonical(y)
 
-        def shared(s):
-            return next((i for i, (a, b) in enumerate(zip(traces[s], y)) if a != b), min(len(traces[s]), len(y)))
-        return max(traces, key=shared)
+        def shared(trace):
+            return next((i for i, (a, b) in enumerate(zip(trace, y)) if a != b), min(len(trace), len(y)))
+        return max(((shared(trace), s) for s, trace in self.traces(x) if s), key=lambda each: each[0], default=(0, None))[1]
 
 
 def number(n):
@@ -524,6 +564,20 @@ def multidigit_addition(min_digits=1, max_digits=2):
                 kind=on_numbers(lambda a, b: "first larger" if a > b else "second larger or equal", "+"))
 
 
+def traces_task(path):
+    """The task of a file of traces, which harness/traces.py reads. It has no strategies where no record has a label."""
+    rows, chars = traces.read(path)
+    tokens, records = list if chars else str.split, {}
+    for row in rows:
+        records.setdefault(row.x, []).append(row)
+    task = Task(path, (), draw=lambda rng: tokens(rng.choice(rows).x), check=lambda x: None,
+                answer=lambda x: next((tokens(row.answer) for row in task.records_of(x) if row.answer), None),
+                steps=dict.fromkeys(sorted({row.strategy for row in rows} - {None})),
+                distinct=False, records=records, tokens=tokens)
+    reserved = re.compile("|".join(SPECIALS) + "|<z[0-9]+>")
+    return replace(task, vocab=traces.vocabulary(path, rows, tokens, task.split, reserved))
+
+
 # every task by name, as a function of its sizes, and at its default sizes
 TASK_FUNCTIONS = {f.__name__: f for f in (list_summation, sorting_algorithms, grid_pathfinding,
                                           linear_equation_solving, base_conversion, multidigit_addition)}
@@ -532,7 +586,10 @@ TASKS = {name: task() for name, task in TASK_FUNCTIONS.items()}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
-    for task in TASKS.values():
+    for path in sys.argv[1:]:
+        task = traces_task(path)
+        traces.describe(task.records, task.vocab, task.tokens, task.split)
+    for task in TASKS.values() if len(sys.argv) == 1 else ():
         x = task.sample_input(random.Random(1))
         print(f"\n{task.name}   x = {' '.join(x)}")
         for strategy in task.strategies:

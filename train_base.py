@@ -8,25 +8,27 @@ wording, since a trace is a function of x and the strategy. Inputs are split thr
 training is of training inputs, log.jsonl and c_base are of validation inputs, metrics.json is of test inputs.
 """
 import dataclasses
+import itertools
 import math
 import os
 import random
+import signal
 import sys
 from typing import Literal
 
 import torch
 
 from harness import config, parallel, runs
-from harness.config import Count, fail
+from harness.config import Count, fail, say
 from harness.optim import make_optimizers, set_learning_rates, update
 from harness.parallel import seeded, sum_chunks
 from model import GPT, GPTConfig, as_pairs, sample_in_batches, score_base
-from tasks import TASK_FUNCTIONS, TASKS, Tokenizer
+from tasks import TASK_FUNCTIONS, TASKS, Tokenizer, traces_task
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    task: str  # a name in tasks.TASKS
+    task: str  # a name in tasks.TASKS, or the path of a file of traces (harness/traces.py)
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     task_sizes: dict = dataclasses.field(default_factory=dict)  # arguments of the task's function: {"max_len": 6}
     strategy_weights: list | dict | None = None  # of the task's strategies, or such a list for every kind of input
@@ -60,8 +62,13 @@ class Config:
 def make_task(cfg):
     """The task of a base's config (dict)."""
     name, sizes, wordings = cfg["task"], cfg["task_sizes"], cfg["wordings"]
+    if os.path.isfile(name):
+        for key in ("task_sizes", "strategy_weights", "wordings"):
+            if cfg[key]:
+                fail(f"config key '{key}' plays no part where the task is a file: '{name}' is used as it is")
+        return traces_task(name)
     if name not in TASKS:
-        fail(f"config key 'task': unknown task '{name}', known: {', '.join(TASKS)}")
+        fail(f"config key 'task': no file and no known task, '{name}'; known: {', '.join(TASKS)}")
     if not all(wording in ("separators", "operands") for wording in wordings):
         fail(f"config key 'wordings' is a list of 'separators' and 'operands', got {wordings!r}")
     try:
@@ -95,21 +102,18 @@ def with_weights(task, weights):
 
 def record_batch(task, tokenizer, rng, n_inputs, split, crop=0):
     """The canonical records of n_inputs inputs x, as id lists, one of each strategy in the mixture of x; their prompts'
-    lengths; their weights (N,), which sum to 1; and the entropy of the mixture, in nats a solution.
-    Weighted, the records of an input have its exact loss: which strategy was drawn makes no noise. With a crop, y is
-    cut to so many tokens for 3 in 4 inputs."""
+    lengths; their weights (N,), which sum to 1; and the entropy of the mixture, in nats a solution (`Task.solutions`).
+    With a crop, y is cut to so many tokens for 3 in 4 inputs."""
     records, starts, shares, entropy = [], [], [], 0.0
     for i in range(n_inputs):
         x = task.sample_input(rng, split)
-        mixture, traces, start = task.mixture(x), task.traces(x), len(x) + 4  # <bos> <x> x </x> <y>
-        for strategy, trace in traces.items():
-            y, nats = task.word(trace, rng)
+        solutions, nats = task.solutions(x, rng)
+        start, entropy = len(tokenizer.prompt(x)), entropy + nats / n_inputs
+        for y, share in solutions:
             record = tokenizer.record(x, y)
             records.append(record[:start + crop] if crop and i % 4 else record)
             starts.append(start)
-            shares.append(mixture[strategy])
-            alike = sum(mixture[s] for s in traces if traces[s] == trace)  # the share of this very trace
-            entropy += shares[-1] / n_inputs * (nats - math.log(alike))
+            shares.append(share)
     return records, starts, torch.tensor(shares) / n_inputs, entropy
 
 
@@ -122,18 +126,22 @@ def check_lengths(records, block_size):
 @torch.no_grad()
 def validate(model, task, tokenizer, size, seed, split):
     """Held-out NLL (nats a sequence) and what `size` sampled solutions look like to the task's own validator."""
-    rng, n_inputs = random.Random(f"validation {seed}"), math.ceil(size / len(task.strategies))
+    rng, n_inputs = random.Random(f"validation {seed}"), math.ceil(size / task.solutions_each)
     records, starts, weights, entropy = record_batch(task, tokenizer, rng, n_inputs, split)
     nll = (weights @ score_base(model, as_pairs(records, starts)).sum(dim=1)).item()
     xs = [task.sample_input(rng, split) for _ in range(size)]
     ys = sample_ys(model, tokenizer, [tokenizer.prompt(x) for x in xs], seeded(seed))
-    found = [task.attribute(x, y) for x, y in zip(xs, ys)]
-    return {"floor": entropy, "nll": nll, "valid_trace_rate": 1 - found.count(None) / size,
+    found, valid = [task.attribute(x, y) for x, y in zip(xs, ys)], [task.is_trace(x, y) for x, y in zip(xs, ys)]
+    return {**({} if math.isnan(entropy) else {"floor": entropy}), "nll": nll, "valid_trace_rate": sum(valid) / size,
             **{f"share_{s}": found.count(s) / size for s in task.strategies}, **score_answers(task, xs, ys)}
 
 
 def score_answers(task, xs, ys):
-    """Shares of solutions that parse, and that also end in the true answer."""
+    """Shares of solutions that parse, and that also end in the true answer; of a file, the latter of those x whose
+    answer it tells."""
+    if task.records is not None:
+        right = [y[-len(answer):] == answer for x, y in zip(xs, ys) if (answer := task.answer(x))]
+        return {"final_answer_accuracy": sum(right) / len(right)} if right else {}
     parsed = [task.parse(y) for y in ys]
     return {"parse_success": sum(p.reason is None for p in parsed) / len(xs),
             "final_answer_accuracy": sum(p.answer == task.answer(x) for p, x in zip(parsed, xs)) / len(xs)}
@@ -148,7 +156,7 @@ def sample_ys(model, tokenizer, prompts, generator, temperature=1.0, z=None):
 def training_batch(task, tokenizer, cfg, step):
     """The records of a step, as model.Pairs, and their weights: a function of (seed, step) alone. Cropped, because
     strategies part in the first steps of a trace, and the later ones are soon learned."""
-    rng, n_inputs = random.Random(f"base {cfg.seed} {step}"), cfg.batch_size // len(task.strategies)
+    rng, n_inputs = random.Random(f"base {cfg.seed} {step}"), cfg.batch_size // task.solutions_each
     records, starts, weights, _ = record_batch(task, tokenizer, rng, n_inputs, "train", cfg.crop)
     check_lengths(records, cfg.block_size)
     return as_pairs(records, starts), weights
@@ -171,11 +179,14 @@ def check(cfg, task):
     """Stops with one line, before any training, on values that make no sense together."""
     if cfg.n_embd % (2 * cfg.n_head):
         fail(f"config key 'n_embd' ({cfg.n_embd}) must be an even multiple of n_head ({cfg.n_head})")
-    S = len(task.strategies)
-    if cfg.batch_size < S:
-        fail(f"config key 'batch_size' must hold one record of each strategy, at least {S}")
+    each = task.solutions_each
+    if cfg.batch_size < each:
+        fail(f"config key 'batch_size' must hold one record of each strategy, at least {each}")
+    for row in itertools.chain(*(task.records or {}).values()):
+        if (length := len(task.tokens(row.x)) + len(task.tokens(row.y)) + 6) > cfg.block_size:
+            fail(f"{cfg.task}, line {row.line}: a record of {length} tokens exceeds block_size {cfg.block_size}")
     for split in ("train", "validation", "test"):  # of the last two those inputs that `validate` draws
-        rng, n_inputs = random.Random(f"validation {cfg.seed}"), math.ceil(cfg.final_eval_size / S)
+        rng, n_inputs = random.Random(f"validation {cfg.seed}"), math.ceil(cfg.final_eval_size / each)
         check_lengths(record_batch(task, Tokenizer(task.vocab), rng, n_inputs, split)[0], cfg.block_size)
 
 
@@ -192,6 +203,7 @@ def train(cfg):
         run.begin()
         if run.state:
             runs.restore(run.state, model, optimizers)
+        best = run.state["best"] if run.state else {"nll": math.inf}  # the weights of least validation loss
         bar = run.steps()
         for step in bar:
             set_learning_rates(optimizers, step, cfg)
@@ -200,18 +212,27 @@ def train(cfg):
             run.check_finite(step, {"cross-entropy": loss}, gradients)
             update(optimizers, parameters, gradients)
             if run.due(step):
-                size = cfg.final_eval_size if step + 1 == cfg.steps else cfg.eval_size
-                scores = validate(model, task, tokenizer, size, cfg.seed, "validation")
-                scores["minutes"] = run.minutes
-                run.log({"step": step + 1, "loss": loss, **scores})
-                bar.write(f"{cfg.name} step {step + 1}/{cfg.steps}: loss {loss:.3f}, held-out {scores['nll']:.3f}, "
-                          f"floor {scores['floor']:.3f}, valid traces {scores['valid_trace_rate']:.3f}, "
-                          f"{scores['minutes'] * (cfg.steps / (step + 1) - 1):.1f} min left")
-                sys.stdout.flush()
+                scores = validate(model, task, tokenizer, cfg.eval_size, cfg.seed, "validation")
+                run.log({"step": step + 1, "loss": loss, **scores, "minutes": run.minutes})
+                floor = f", floor {scores['floor']:.3f}" if "floor" in scores else ""
+                say(f"{cfg.name} step {step + 1}/{cfg.steps}: loss {loss:.3f}, held-out {scores['nll']:.3f}{floor}, "
+                    f"valid traces {scores['valid_trace_rate']:.3f}, "
+                    f"{run.minutes * (cfg.steps / (step + 1) - 1):.1f} min left")
+                if scores["nll"] < best["nll"]:
+                    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                    best = {"nll": scores["nll"], "step": step + 1, "model": weights}
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            run.end_of_step(step, lambda: runs.training_state(model, optimizers))
-        c_base = scores["nll"]
-        scores |= validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test") | {"c_base": c_base}
+            run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {"best": best})
+        model.load_state_dict(best["model"])
+        if best["step"] < cfg.steps:
+            say(f"{cfg.name}: it overfits. The held-out loss was least after step {best['step']}, {best['nll']:.3f}, whose "
+                f"weights are kept; in the end it was {scores['nll']:.3f}")
+        c_base = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "validation")["nll"]
+        scores = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test")
+        scores |= {"c_base": c_base, "minutes": run.minutes, "best_step": best["step"]}
+        if scores["valid_trace_rate"] < 0.9:
+            say(f"{cfg.name}: {1 - scores['valid_trace_rate']:.0%} of its samples are no trace of its data: more steps, more "
+                "data or another size may help")
         runs.write_result(run.folder, dataclasses.asdict(cfg), run.made_with, scores)
         run.finish({"kind": "base", "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
                     "model": model.state_dict(), "vocab": list(task.vocab), "c_base": c_base})
@@ -242,7 +263,7 @@ def get_base(cfg, config_path):
             runs.claim(os.path.dirname(path)).close()  # says so if it is in training
             fail(f"the base's run in '{os.path.dirname(path)}' is not finished: --resume=True goes on with it, "
                  f"python train_base.py {config_path} --overwrite=True starts it again")
-        print(f"{path} is missing: training the base model first (python train_base.py {config_path})", flush=True)
+        say(f"{path} is missing: training the base model first (python train_base.py {config_path})")
         train(cfg)
     base, task, checkpoint = load_base(path)
     same = ("task", "task_sizes", "strategy_weights", "wordings", "distinct_inputs")
@@ -253,10 +274,11 @@ def get_base(cfg, config_path):
         if was != is_now and key in (*same, *checkpoint["model_config"]):
             fail(f"{differs}; remove the checkpoint or change the config")
         if was != is_now:
-            print(f"{differs}: used as it is", flush=True)
+            say(f"{differs}: used as it is")
     return base, task, checkpoint
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, until runs.Run listens
     train(config.load(sys.modules["__main__"], sys.argv[1:]))
     parallel.leave()

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import sys
 import types
 from typing import Annotated, Literal, get_args, get_origin
@@ -30,6 +31,22 @@ Weight = between(-LARGEST, LARGEST)
 def fail(message):
     """Ends the program with one line on stderr and exit code 1: for mistakes of the user, not of the programmer."""
     sys.exit(f"error: {message}")
+
+
+def say(line):
+    """Prints a line at once, above a progress bar. A run goes on where nobody reads it any more, or a disk is full."""
+    from tqdm import tqdm  # here, because tasks.py needs none
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except UnicodeEncodeError:  # a terminal of few characters
+        say(ascii(line))
+    except OSError:
+        drop_stdout()
+
+
+def drop_stdout():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_value(key, value, kind):
@@ -64,12 +81,12 @@ def assignments(path):
         folder = os.path.dirname(path) or "."
         there = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
         close = difflib.get_close_matches(path, there, n=1)
-        fail(f"config file '{path}' does not exist" + (f", did you mean '{close[0]}'?" if close else ""))
+        fail(f"config file '{path}' {'is a folder' if os.path.isdir(path) else 'does not exist'}" + (f", did you mean '{close[0]}'?" if close else ""))
     assigned = {"__file__": path}
     try:
         with open(path, "rb") as f:  # bytes: Python finds out the encoding
             exec(compile(f.read(), path, "exec"), assigned)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         fail(f"config file '{path}' cannot be run: {type(e).__name__}: {e}")
     return {key: value for key, value in assigned.items()
             if not key.startswith("_") and not isinstance(value, types.ModuleType)}
@@ -85,7 +102,7 @@ def load(script, argv):
         try:
             print(usage(script), flush=True)
         except OSError:  # whoever reads has seen enough, such as `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_stdout()
         sys.exit(0 if argv else 2)
     path, *flags = argv
     if path.startswith("--"):
@@ -109,12 +126,16 @@ def load(script, argv):
             hint = f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(kinds)}"
             fail(f"unknown config key '{key}'{hint}")
         values[key] = check_value(key, value, kinds[key])
-    base = values.get("base", "").split(" --")[0]
-    if base and not os.path.exists(base):  # from another working directory: it may stand beside the config file
-        beside = os.path.join(os.path.dirname(path), os.path.basename(base))
-        values["base"] = values["base"].replace(base, beside, 1) if os.path.exists(beside) else values["base"]
-    if values["name"] != os.path.basename(values["name"]) or values["name"] in ("", ".", ".."):
-        fail(f"config key 'name' names a folder in out/, got '{values['name']}'")
+    for key in {"base", "task"} & values.keys():  # paths, and the flags of a base
+        file, *more = re.split(r"\s+(?=--)", values[key])
+        beside = [os.path.join(os.path.dirname(path), each) for each in (file, os.path.basename(file))]
+        found = [each for each in (file, *beside) if os.path.isfile(each)]
+        if found and found[0] != file:  # run from another folder: it stands beside the config file
+            say(f"'{file}' is not in this folder: config key '{key}' is taken to be '{found[0]}'")
+            values[key] = " ".join((found[0], *more))
+    name = values["name"]
+    if name != os.path.basename(name) or name in ("", ".", "..") or not name.isprintable():
+        fail(f"config key 'name' names a folder in out/, got {name!r}")
     for field in dataclasses.fields(script.Config):
         if field.name not in values and field.default is field.default_factory:  # both MISSING: it has no default
             fail(f"config file '{path}' says nothing about '{field.name}'")

@@ -2,6 +2,7 @@
 import math
 import os
 import textwrap
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ def new_figure(width, height, columns=1, **layout):
     os.environ["MPLBACKEND"] = "agg"  # no window, whatever a notebook's shell asks for
     import matplotlib  # here, because training needs no figures
     from matplotlib.figure import Figure
-    matplotlib.rcParams["text.parse_math"] = False  # a $ is a $
+    matplotlib.rcParams["text.parse_math"] = matplotlib.rcParams["text.usetex"] = False  # a $ is a $
+    warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is drawn as a box
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots(1, columns, **layout)
 
@@ -42,7 +44,7 @@ def draw_router(kinds, router, base, matching, strategies, path):
         for z in sorted(range(len(meant)), key=lambda z: (meant[z] is None, meant[z] or 0)):
             axis.bar([i + shift for i in range(len(kinds))], shares[:, z].tolist(), 0.36, bottom.tolist(),
                      color="black" if meant[z] is None else f"C{meant[z]}", edgecolor="white",
-                     label=strategies[meant[z]] if shift < 0 else None)
+                     label=f" {strategies[meant[z]]}" if shift < 0 else None)  # a label in "_" would be left out
             bottom += shares[:, z].cpu()
     axis.set_xticks(range(len(kinds)), [f"{kind}\nbase | router" for kind in kinds], fontsize=8)
     figure.legend(loc="outside right upper", fontsize=8)
@@ -61,7 +63,7 @@ def draw_latent_space(means, labels, z, found, strategies, path):
         points = F.pad(points @ directions, (0, 2 - directions.shape[1]))  # (n, 2), also where z has one dimension
         for s, name in [*enumerate(strategies), (-1, "none")]:
             own, colour = points[strategy == s], "black" if s < 0 else f"C{s}"
-            axis.scatter(*own.T.tolist(), s=4, alpha=0.3, label=name, color=colour)
+            axis.scatter(*own.T.tolist(), s=4, alpha=0.3, label=f" {name}", color=colour)
             if s >= 0 and len(own):
                 for panel in axes:  # filled in its own panel, hollow in the other
                     style = {"facecolor": colour, "edgecolor": "black"} if panel is axis else \
@@ -77,7 +79,6 @@ def draw_latent_space(means, labels, z, found, strategies, path):
 
 def draw_training(log, path):
     """Entries of log.jsonl: R / c_base and KL, every term's share of J, and what evaluations found, by step."""
-    evaluated = [e for e in log if "local_strategy_coverage_mean" in e]
     figure, axes = new_figure(13, 3.6, 3)
     steps = [e["step"] for e in log]
     axes[0].plot(steps, [e["normalized_reconstruction"] for e in log], label="R / c_base")
@@ -89,14 +90,16 @@ def draw_training(log, path):
     axes[1].set_title("share of the objective", fontsize=10)
     for key, label in (("alignment_one_to_one", "alignment"), ("local_strategy_coverage_mean", "local coverage"),
                        ("permutation_gap", "permutation gap"), ("posterior_mu_probe_accuracy", "probe, posterior mean"),
-                       ("sampled_z_probe_accuracy", "probe, sampled z"), ("centroid_distance", "centroid distance")):
-        found = [(e["step"], e[key]) for e in evaluated if key in e]
+                       ("sampled_z_probe_accuracy", "probe, sampled z"), ("centroid_distance", "centroid distance"),
+                       ("distinct_outputs", "distinct outputs"), ("consistency", "consistency")):
+        found = [(e["step"], e[key]) for e in log if key in e]
         if found:
             axes[2].plot(*zip(*found), marker=".", label=label)
     axes[2].set_ylim(-0.03)
     for axis in axes:
         axis.set_xlabel("step")
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -27,7 +27,12 @@ def start(n_threads, device="cpu", precision="float32"):
     """Takes threads of one core each, all cores if n_threads is 0, and a device into use, and joins the other processes
     if torchrun started some. How many threads there are changes no result by a bit."""
     global rank, processes, threads, kind, bfloat16
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
+    for descriptor in range(3):  # they may be closed, and must not become files of the run
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     here = [each for each in there if there[each]]
     if device not in ("auto", *here):

@@ -22,9 +22,12 @@ import torch
 from tqdm import tqdm
 
 from harness import parallel
-from harness.config import fail
+from harness.config import fail, say
 
-VERSIONS = {"base": 3, "factorization": 5, "state": 4}  # of what a checkpoint of each kind holds; no other is read
+VERSIONS = {"base": 3, "factorization": 5, "state": 5}  # of what a checkpoint of each kind holds; no other is read
+KEYS = {"base": {"config", "model_config", "model", "vocab", "c_base"},
+        "factorization": {"config", "model_config", "model", "base", "posterior", "last_log", "clusters", "made_with"},
+        "state": {"config", "step", "log_lines", "minutes", "made_with", "model", "optimizers"}}
 
 
 class Run:
@@ -44,6 +47,9 @@ class Run:
         self.lock = claim(self.folder)
         try:
             self.state = self.find_state()
+            before = self.state["made_with"]["commit"] if self.state else ""
+            if before and not before.endswith(self.made_with["commit"]):  # the code has changed since
+                self.made_with["commit"] = f"{before}, {self.made_with['commit']}"
         except BaseException:
             self.lock.close()
             raise
@@ -59,7 +65,7 @@ class Run:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         if isinstance(error, OSError):  # the log, on a full disk
-            fail(f"{self.cfg.name}: {error}; the last saved state is as it was")
+            fail(f"{self.cfg.name}: {error}; what was saved before is as it was")
         if kind is None and self.signals:  # during the last step
             sys.exit(128 + self.signals[0])
 
@@ -74,7 +80,7 @@ class Run:
                 os.write(2, b"stopping after the next step; once more: at once\n")
 
     def find_state(self):
-        for path in (self.state_path, self.path("ckpt.pt")):
+        for path in map(self.path, ("state.pt", "ckpt.pt", "config.json")):
             other = config_in(path)
             if other and ("task" in other) != hasattr(self.cfg, "task"):
                 fail(f"'{path}' is of a {'base' if 'task' in other else 'factorization'}: give this run another --name")
@@ -88,7 +94,7 @@ class Run:
         if self.cfg.resume and not self.cfg.overwrite and os.path.exists(self.path("ckpt.pt")):
             fail(f"'{self.folder}' holds a finished run and no saved state to go on from: python evaluate.py "
                  f"{self.folder} evaluates a factorization, --overwrite=True starts again")
-        there = any(os.path.exists(self.path(name)) for name in ("log.jsonl", "ckpt.pt", "state.pt"))
+        there = any(map(os.path.exists, map(self.path, ("log.jsonl", "ckpt.pt", "state.pt", "result.json"))))
         if there and not self.cfg.resume and not self.cfg.overwrite:
             fail(f"'{self.folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
 
@@ -144,10 +150,10 @@ class Run:
         with open(self.log_file.name) as f:
             log_lines = len(f.readlines())
         save(self.state_path, {"kind": "state", "config": dataclasses.asdict(self.cfg), "step": done,
-                               "log_lines": log_lines, "minutes": self.minutes, **content()})
+                               "log_lines": log_lines, "minutes": self.minutes, "made_with": self.made_with, **content()})
         if received:
-            print(f"{self.cfg.name}: stopped after step {done} of {self.cfg.steps}; the same command with "
-                  "--resume=True goes on", flush=True)
+            say(f"{self.cfg.name}: stopped after step {done} of {self.cfg.steps}; the same command with "
+                "--resume=True goes on")
             sys.exit(128 + received[0])
 
     def finish(self, checkpoint):
@@ -160,7 +166,8 @@ class Run:
 
 
 def claim(folder):
-    """Makes a run's folder. Whoever claims it holds a lock, which ends with the process; no other process can."""
+    """Makes a run's folder. Whoever claims it holds a lock, which ends with the process; no other process can, but on a
+    file system without locks."""
     if parallel.rank:
         return open(os.devnull)
     try:
@@ -168,21 +175,27 @@ def claim(folder):
         lock = open(os.path.join(folder, "pid"), "a+")
         lock.seek(0)
         holder = lock.read()
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"process {holder} is at work in '{folder}'")
+        except OSError:
+            pass
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         return lock
-    except BlockingIOError:
-        fail(f"process {holder} is at work in '{folder}'")
     except OSError as e:
         fail(f"cannot work in '{folder}': {e}")
 
 
 def config_in(path):
-    """The config in a checkpoint or state; None where there is none that can be read."""
+    """The config in a checkpoint, a state or config.json; None where there is none that can be read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)["config"]
+        if path.endswith(".json"):
+            with open(path) as f:
+                return dict(json.load(f))
+        return dict(torch.load(path, map_location="cpu", weights_only=True)["config"])
     except Exception:
         return None
 
@@ -254,6 +267,8 @@ def load_checkpoint(path, kind):
     if checkpoint.get("version") != VERSIONS[kind]:
         fail(f"'{path}' has format version {checkpoint.get('version')}, this code reads version {VERSIONS[kind]}; "
              "without it, it is trained again")
+    if lacking := sorted(KEYS[kind] - set(checkpoint)):
+        fail(f"'{path}' is no {kind} checkpoint that is whole: it lacks {', '.join(lacking)}")
     return checkpoint
 
 
@@ -262,7 +277,8 @@ def current_commit():
     repository, or without git."""
     try:
         git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True,
-                             cwd=os.path.dirname(__file__))
+                             cwd=os.path.dirname(__file__),  # this folder's, whatever repository a hook is at work in
+                             env={key: value for key, value in os.environ.items() if not key.startswith("GIT_")})
     except OSError:
         return "unknown"
     return git.stdout.strip() or "unknown"

@@ -140,8 +140,9 @@ def test_what_the_router_knows_is_told_from_what_it_knows_of_the_kind():
     for p_z, informed, of_it in ((of_kind, entropy, entropy), (uniform, 0, 0), (other, 0.5 * math.log(2), 0)):
         metrics, names, by_router, by_base = evaluate.router_at_work(p_z.clamp(min=1e-9).log(), uniform, 0.8 * of_kind,
                                                                      kinds)
+        assert evaluate.information(p_z) == pytest.approx(informed, abs=1e-5)
         assert metrics == {name: pytest.approx(value, abs=1e-5) for name, value in {
-            "router_information": informed, "router_kind_information": of_it, "base_kind_information": entropy,
+            "router_kind_information": of_it, "base_kind_information": entropy,
             "strategy_total_variation_per_input": (0.3 + 0.5 + 0.2) / 2}.items()}
         assert names == ["a", "b"] and torch.allclose(by_base, torch.eye(2))
         want = torch.stack((p_z[1], p_z[[0, 2, 3]].mean(dim=0)))
@@ -175,7 +176,7 @@ def test_a_trace_is_as_probable_as_all_its_wordings_and_is_shared_by_strategies_
         want[0, i, s] = log_p(base, plain.prompt(x), rest).exp() * factors[i, s]
         want[1, i, s] = factors[i, s] * sum((logp_z[i, k] + log_p(model, tokenizer.prompt(x, k), rest)).exp()
                                             for k in range(2))
-    found = torch.stack(evaluate.strategy_probabilities(model, base, task, tokenizer, xs))
+    found = evaluate.strategy_probabilities(model, base, task, tokenizer, xs)
     assert torch.equal(found == 0, (factors == 0).expand(2, 5, 3))
     there = factors.expand(2, 5, 3) > 0
     assert torch.allclose(found[there].log(), want[there].log(), atol=1e-3)

@@ -1,5 +1,8 @@
 """What users of other projects report, tried here: shared names, two programs in one folder, odd shells and folders."""
+import contextlib
 import copy
+import errno
+import json
 import os
 import random
 import re
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import threading
 
+import matplotlib
 import pytest
 import torch
 from matplotlib.text import Text
@@ -61,14 +65,34 @@ def test_a_run_never_replaces_one_of_another_kind(workplace):
     assert not os.path.exists("out/new")
 
 
-@pytest.mark.parametrize("file", ["ckpt.pt", "state.pt"])
-def test_a_checkpoint_or_a_state_that_stands_alone_is_a_run_as_well(workplace, file):
+@pytest.mark.parametrize("file", ["ckpt.pt", "state.pt", "result.json"])
+def test_a_checkpoint_a_state_or_a_result_that_stands_alone_is_a_run_as_well(workplace, file):
     folder = f"out/{file}_stands_alone"
     os.makedirs(folder, exist_ok=True)
-    shutil.copy("out/tiny_base/ckpt.pt", f"{folder}/{file}")
-    cfg = config.load(train_base, [*BASE, f"--name={file}_stands_alone"])
+    shutil.copy(f"out/tiny_base/{'result.json' if file == 'result.json' else 'ckpt.pt'}", f"{folder}/{file}")
+    before, cfg = bytes_of(f"{folder}/{file}"), config.load(train_base, [*BASE, f"--name={file}_stands_alone"])
     fails(lambda: train_base.train(cfg), "holds a run already")
-    assert bytes_of(f"{folder}/{file}") == bytes_of("out/tiny_base/ckpt.pt")
+    assert bytes_of(f"{folder}/{file}") == before
+
+
+def test_a_run_killed_before_it_saved_anything_is_of_its_kind_as_well(workplace):
+    os.makedirs("out/killed", exist_ok=True)
+    runs.write_json("out/killed/config.json", dict(base="configs/tiny_base.py", name="killed"))
+    runs.write("out/killed/log.jsonl", lambda f: None)
+    cfg = config.load(train_base, [*BASE, "--name=killed", "--resume=True"])
+    fails(lambda: train_base.train(cfg), "out/killed/config.json' is of a factorization")
+
+
+@pytest.mark.parametrize("key", ["config", "model_config", "vocab", "c_base"])
+def test_a_checkpoint_that_lacks_something_is_refused_in_one_line(workplace, key):
+    os.makedirs("out/lacking", exist_ok=True)
+    checkpoint = runs.load_checkpoint("out/tiny_base/ckpt.pt", "base")
+    del checkpoint[key]
+    torch.save(checkpoint, "out/lacking/ckpt.pt")
+    fails(lambda: train_base.load_base("out/lacking/ckpt.pt"), "out/lacking/ckpt.pt", key)
+    torch.save({"config": 3}, "out/lacking/ckpt.pt")
+    flags = [*BASE, "--name=lacking"]
+    fails(lambda: train_base.train(config.load(train_base, flags)), "holds a run already")
 
 
 @pytest.fixture
@@ -96,6 +120,20 @@ def test_two_programs_do_not_share_a_folder(holder):
     holder.wait()
     train_base.train(base)
     assert os.path.exists("out/held/ckpt.pt")
+
+
+def test_a_folder_is_not_replaced_while_it_is_evaluated(holder):
+    """Else result.json would be of another run than ckpt.pt."""
+    fails(lambda: evaluate.main(["out/held"]), f"process {holder.pid} is at work")
+
+
+def test_a_file_system_without_locks_is_no_obstacle(workplace, monkeypatch):
+    def no_lock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", no_lock)
+    train_base.train(config.load(train_base, [*BASE, "--name=unlocked"]))
+    assert os.path.exists("out/unlocked/ckpt.pt")
 
 
 def test_a_run_gives_its_folder_back_however_it_ends(workplace):
@@ -145,9 +183,11 @@ def test_figures_need_no_window_whatever_the_environment_says(tmp_path, backend)
     assert done.returncode == 0 and os.path.getsize(tmp_path / "matching.png") > 5000, done.stderr
 
 
+@pytest.mark.filterwarnings("error:Glyph")
 def test_tokens_are_drawn_as_they_are(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Text, "draw", lambda text, *args: drawn.append((text.get_text(), text.get_parse_math())))
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # by a matplotlibrc
     for tokens in ("$ x $", "{ \\frac _ ^", "é 中 %"):
         traces = [("a", [tokens])]
         figures.draw_traces(tokens, traces, traces, ("a",), tmp_path / "traces.png")
@@ -160,10 +200,16 @@ def shell(command, cwd):
 
 
 def test_programs_run_with_stdout_closed_and_into_a_pipe_that_closes(workplace):
+    """Nobody may read what a run says, or it does not fit on the disk: the run goes on. Its files are its own, also
+    where the descriptors of stdout and stderr are free."""
     python = sys.executable
-    flags = " ".join([*BASE, "--name=closed", "--overwrite=True"])
-    done = shell(f"{python} {ROOT}/train_base.py {flags} >&-", workplace)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    for i, to in enumerate((">&-", "0<&- >&- 2>&-", "| head -1", "2>&1 | true", ">/dev/full", ">/dev/full 2>&-")):
+        flags = " ".join([*BASE, "--eval_every=1", f"--name=closed{i}"])
+        done = shell(f"set -o pipefail; {python} {ROOT}/train_base.py {flags} {to}", workplace)
+        assert done.returncode == 0 and not done.stderr, (to, done.stderr)
+        assert os.path.exists(f"out/closed{i}/ckpt.pt")
+        assert [entry["step"] for entry in runs.read_log(f"out/closed{i}")] == [1, 2]
+        assert bytes_of(f"out/closed{i}/pid").isdigit()
     done = shell(f"{python} -u {ROOT}/tasks.py | head -2", workplace)
     assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 2
 
@@ -179,6 +225,45 @@ def test_a_config_may_be_a_pipe_and_import_modules(workplace):
 def test_a_config_may_have_any_encoding_that_python_reads(tmp_path, text):
     (tmp_path / "base.py").write_bytes(text + b"task = 'grid_pathfinding'\n")
     assert config.load(train_base, [str(tmp_path / "base.py")]).n_layer == 1
+
+
+@pytest.mark.parametrize("text, says", [
+    ("import sys\nsys.exit(0)", "SystemExit"), ("raise SystemExit", "SystemExit"), ("name = 'a\\nb'", "'name'"),
+    ("name = 'a\\0b'", "'name'"), ("name = ''", "'name'"), (None, "is a folder")])
+def test_a_config_that_cannot_be_used_is_one_line(tmp_path, text, says):
+    path = tmp_path / "base.py"
+    path.mkdir() if text is None else path.write_text(f"task = 'grid_pathfinding'\n{text}\n")
+    fails(lambda: config.load(train_base, [str(path)]), says)
+
+
+def test_a_base_is_looked_up_beside_the_config_file_and_this_is_said(tmp_path, monkeypatch, capsys):
+    """As `base` says from there, or by the name of its file alone; its flags are kept."""
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "run.py").write_text("base = 'bases/tiny.py  --seed=3 --n_embd=16'\nn_latents = 2\n")
+    (tmp_path / "my" / "tiny.py").write_text("task = 'grid_pathfinding'\n")
+    monkeypatch.chdir(tmp_path)
+    for place in ("my/tiny.py", "my/bases/tiny.py"):  # the latter, where there are both
+        cfg = config.load(factorize, ["my/run.py"])
+        assert cfg.base == f"{place} --seed=3 --n_embd=16" and f"is that of '{place}'" in capsys.readouterr().out
+        base = factorize.load_base_config(cfg)
+        assert (base.seed, base.n_embd, base.name) == (3, 16, "tiny")
+        (tmp_path / "my" / "bases").mkdir(exist_ok=True)
+        shutil.copy("my/tiny.py", "my/bases/tiny.py")
+
+
+def test_a_terminal_of_few_characters_shows_them_as_codes(workplace):
+    flags = " ".join([*BASE, "--name=é"])
+    done = shell(f"PYTHONIOENCODING=ascii {sys.executable} {ROOT}/train_base.py {flags}", workplace)
+    assert done.returncode == 0 and "\\xe9 step 2/2" in done.stdout, done.stderr
+
+
+def test_ctrl_c_before_the_first_step_leaves_no_traceback(workplace):
+    code = ("import os, runpy, signal, sys, train_base; sys.argv = sys.argv[1:]; "
+            "sys.modules['tasks'].Task.traces = lambda *args: os.kill(os.getpid(), signal.SIGINT); "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, f"{ROOT}/train_base.py", *BASE, "--name=interrupted"],
+                          cwd=workplace, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and not done.stderr
 
 
 def test_help_ends_quietly_and_leaves_signals_to_the_caller(workplace):
@@ -255,8 +340,33 @@ def test_a_result_of_changed_code_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
     clean = runs.current_commit()
     assert re.fullmatch("[0-9a-f]{7,}", clean)
+    monkeypatch.setenv("GIT_DIR", os.path.join(ROOT, ".git"))  # in a hook of another repository, say
+    assert runs.current_commit() == clean
     (tmp_path / "code.py").write_text("a = 2\n")
     assert runs.current_commit() == f"{clean}-dirty"
+
+
+def test_a_result_names_every_commit_that_made_it(workplace, monkeypatch):
+    """Of a run that went on with other code, and of its evaluation."""
+    for commit, flags, fails_at in (("a", ["--save_every=1"], 2), ("a", ["--save_every=1", "--resume=True"], 3),
+                                    ("b", ["--save_every=1", "--resume=True"], 0)):
+        cfg = config.load(factorize, [*SHORT, "--name=several", *flags])
+        monkeypatch.setattr(runs, "current_commit", lambda: commit)
+        step = [cfg.save_every if fails_at < 3 else 2]
+
+        def stop(run, *args):
+            step[0] += 1
+            if fails_at and step[0] > fails_at:
+                sys.exit(f"stopped at {step[0]}")
+
+        monkeypatch.setattr(runs.Run, "check_finite", stop)
+        with pytest.raises(SystemExit) if fails_at else contextlib.nullcontext():
+            factorize.factorize(cfg)
+    monkeypatch.setattr(runs, "current_commit", lambda: "c-dirty")
+    evaluate.evaluate("out/several")
+    with open("out/several/result.json") as f:
+        result = json.load(f)
+    assert (result["commit"], result["evaluated_by"]) == ("a, b", "c-dirty")
 
 
 def test_a_cache_that_is_filled_in_pieces_needs_a_mask(workplace):

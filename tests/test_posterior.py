@@ -499,7 +499,7 @@ def clustered(monkeypatch):
     def cluster(features, x_index, K, seed, searches):
         handed.features, handed.x_index, handed.told = features, x_index, (K, seed, searches)
         r = F.one_hot(torch.arange(len(features)) % handed.K, handed.K).float().clamp(min=1e-20)
-        return Clusters(r, 0.1, 0.75, 0.9)
+        return Clusters(r, 0.1, 4, 0.75, 0.9)
 
     def fit_statistics(q, pairs):
         handed.pairs = pairs

@@ -1,0 +1,107 @@
+"""Reads a file of traces: JSON lines such as {"x": "4 2 7", "y": "2 4 7 ; ans 2 4 7"}.
+
+Optional keys: "strategy", a name that evaluate.py alone reads, and "answer". Tokens stand between spaces; if the first
+line is {"tokens": "chars"}, every character is one. Several y for one x are expected. A path in .gz is unpacked.
+"""
+import gzip
+import json
+import zlib
+from typing import NamedTuple
+
+from harness.config import fail
+
+
+class Record(NamedTuple):
+    line: int
+    x: str  # tokens, with a space between any two unless characters are tokens
+    y: str
+    strategy: str | None
+    answer: str | None
+
+
+def read(path):
+    """Path -> (list of Record, whether characters are tokens). Ends the program with one line, which names the file and
+    the number of its line, where a line is no record."""
+    records, chars, n = [], False, 0
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+            for n, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                entry = json.loads(line)
+                if n == 1 and isinstance(entry, dict) and "tokens" in entry:
+                    chars = entry == {"tokens": "chars"}
+                    if not chars and entry != {"tokens": "spaces"}:
+                        fail(f"{path}, line 1: 'tokens' is \"chars\" or \"spaces\", with nothing beside it")
+                    continue
+                if problem := problem_of(entry):
+                    fail(f"{path}, line {n}: {problem}")
+                x, y, strategy, answer = map(entry.get, Record._fields[1:])
+                if not chars:
+                    x, y, answer = (text and " ".join(text.split()) for text in (x, y, answer))
+                records.append(Record(n, x, y, strategy, answer))
+    except json.JSONDecodeError as e:
+        fail(f"{path}, line {n}: not JSON ({e.msg}, column {e.colno})")
+    except RecursionError:
+        fail(f"{path}, line {n}: not JSON (nested too deeply)")
+    except UnicodeDecodeError:
+        fail(f"{path}, line {n + 1} or after it: not UTF-8")
+    except (OSError, EOFError, zlib.error) as e:
+        fail(f"cannot read traces from '{path}': {e}")
+    return records, chars
+
+
+def problem_of(entry):
+    """Why a line's content is no record, or None."""
+    if not isinstance(entry, dict):
+        return "a record is an object such as {\"x\": \"1 2\", \"y\": \"2 1\"}"
+    if unknown := set(entry) - set(Record._fields[1:]):
+        return f"unknown key '{min(unknown)}'; known: {', '.join(Record._fields[1:])}, and tokens in line 1"
+    for key in Record._fields[1:]:
+        value = entry.get(key)
+        if value is None and key in ("x", "y"):
+            return f"'{key}' is missing"
+        if value is not None and not (isinstance(value, str) and value.strip()):
+            return f"'{key}' is a text that is not empty, got {str(value)[:40]!r}"
+        if value and not value.isprintable():
+            return f"'{key}' has characters that cannot be printed: {value[:40]!r}"
+    return None
+
+
+def vocabulary(path, records, tokens, split, reserved):
+    """The different tokens of training inputs and their records, sorted. tokens: text -> its tokens; split: tokens of x ->
+    "train", "validation" or "test"; reserved: a pattern of tokens that are no file's. Ends the program with one line on
+    such a token, on one that training inputs lack, and on a split without inputs."""
+    first = {"train": {}, "validation": {}, "test": {}}  # token -> the line it is first seen in
+    for record in records:
+        x = tokens(record.x)
+        seen = first[split(x)]
+        for token in {*x, *tokens(record.y), *tokens(record.answer or "")} - seen.keys():
+            seen[token] = record.line
+    for name, seen in first.items():
+        if not seen:
+            fail(f"{path}: it has no {name} inputs; of {len({record.x for record in records})} different x, 85% are for "
+                 "training, 5% for validation, 10% for tests")
+        for token, line in seen.items():
+            if reserved.fullmatch(token):
+                fail(f"{path}, line {line}: the token {token} is reserved")
+            if token not in first["train"]:
+                fail(f"{path}, line {line}: '{token}' is in no record of a training input, but in one of a {name} input")
+    return tuple(sorted(first["train"]))
+
+
+def describe(records, vocab, tokens, split):
+    """Prints what a file holds: records, x -> its list of Record; the others as in `vocabulary`."""
+    rows = [row for own in records.values() for row in own]
+    labels, splits = [row.strategy or "no label" for row in rows], [split(tokens(x)) for x in records]
+    lengths = [len(tokens(row.x)) + len(tokens(row.y)) + 6 for row in rows]  # <bos> <x> </x> <y> </y> <eos>
+    different = [len({row.y for row in own}) for own in records.values()]
+    print(f"{len(rows)} records of {len(records)} different x:",
+          ", ".join(f"{splits.count(each)} for {each}" for each in ("train", "validation", "test")))
+    print(f"different y for one x: {min(different)} to {max(different)}, {sum(different) / len(rows):.2f} of the records")
+    print(f"tokens of a record, special ones included: {min(lengths)} to {max(lengths)}, "
+          f"{sum(lengths) / len(rows):.0f} on average; block_size is at least the largest")
+    print(f"{len(vocab)} different tokens:", *vocab[:60], "..." * (len(vocab) > 60))
+    print("strategies:", ", ".join(f"{s} ({labels.count(s)})" for s in sorted(set(labels))))
+    for row in rows[:3]:
+        print(f"line {row.line}: x = {row.x}\n    y = {row.y}")

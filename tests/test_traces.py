@@ -1,0 +1,348 @@
+"""A file of traces is a task: what is read, what is refused, and that its labels reach evaluate.py alone."""
+import gzip
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+import evaluate
+import factorize
+import tasks
+import train_base
+from conftest import ROOT
+from harness import config, runs
+from harness.traces import Record, read
+from model import score_base
+from tasks import TASK_FUNCTIONS, Tokenizer, traces_task
+from test_pipeline import SHORT, SHORT_CONTINUOUS, program, run, same
+
+BASE = ["configs/tiny_base.py", "--task_sizes={}", "--steps=40", "--eval_every=10", "--overwrite=True"]
+
+
+INPUTS = [" ".join(str(n)) for n in range(90, 300)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Solutions of tiny grids, one strategy each."""
+    task, rng, found = TASK_FUNCTIONS["grid_pathfinding"](side=8, max_distance=3), random.Random(0), []
+    for _ in range(1500):
+        x = task.sample_input(rng)
+        strategy = rng.choice(task.strategies)
+        y = task.trace(x, strategy)
+        found.append({"x": " ".join(x), "y": " ".join(y), "strategy": strategy, "answer": y[-1]})
+    return found
+
+
+@pytest.fixture
+def small(tmp_path):
+    """210 inputs, each with the records that a test asks for."""
+    return lambda *records: write(tmp_path / "small.jsonl", [{"x": x, **r} for x in INPUTS for r in records])
+
+
+def ends(call):
+    """The one line that the call ends with."""
+    with pytest.raises(SystemExit) as exit:
+        call()
+    assert "\n" not in exit.value.code
+    return exit.value.code
+
+
+# ----------------------------------------------------------------------------------------------- reading
+def test_a_file_is_read_as_it_stands(tmp_path):
+    """Spaces between tokens count for nothing, empty lines neither; line numbers are those of the file; repeated records
+    stay; what is missing is None."""
+    text = '\n{"x": " 4  2", "y": "2 4\\t; ans", "strategy": "a b", "answer": "2  4"}\n\n{"x": "4 2", "y": "é"}\n' * 2
+    want = [Record(2, "4 2", "2 4 ; ans", "a b", "2 4"), Record(4, "4 2", "é", None, None)]
+    want += [Record(6, *want[0][1:]), Record(8, *want[1][1:])]
+    text = text.replace("\\t", " ")
+    (tmp_path / "a.jsonl").write_text("\ufeff" + text, encoding="utf-8")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as f:
+        f.write(text)
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert read(str(tmp_path / name)) == (want, False)
+    path = write(tmp_path / "chars.jsonl", [{"tokens": "chars"}, {"x": "4 2", "y": " 2"}])
+    assert read(path) == ([Record(2, "4 2", " 2", None, None)], True)
+
+
+BROKEN = {  # content of line 300, or of the whole file -> what is said
+    "not JSON": ("{'x': 1}", "line 300: not JSON"), "cut": ('{"x": "1", "y": "2', "line 300: not JSON"),
+    "two on a line": ('{"x": "1", "y": "2"} {}', "line 300: not JSON"), "deep": ("[" * 10 ** 5, "line 300: not JSON"),
+    "a list": ('["1", "2"]', "line 300: a record is"), "a number": ("3", "line 300: a record is"),
+    "null": ("null", "line 300: a record is"), "no y": ('{"x": "1"}', "line 300: 'y' is missing"),
+    "no x": ('{"y": "1"}', "line 300: 'x' is missing"), "x null": ('{"x": null, "y": "1"}', "line 300: 'x' is missing"),
+    "a number as y": ('{"x": "1", "y": 2}', "line 300: 'y' is a text"),
+    "a list as y": ('{"x": "1", "y": ["2"]}', "line 300: 'y' is a text"),
+    "y empty": ('{"x": "1", "y": ""}', "line 300: 'y' is a text"),
+    "y of spaces": ('{"x": "1", "y": "  "}', "line 300: 'y' is a text"),
+    "x empty": ('{"x": "", "y": "1"}', "line 300: 'x' is a text"),
+    "strategy empty": ('{"x": "1", "y": "1", "strategy": ""}', "line 300: 'strategy' is a text"),
+    "strategy a number": ('{"x": "1", "y": "1", "strategy": 4}', "line 300: 'strategy' is a text"),
+    "answer a number": ('{"x": "1", "y": "1", "answer": 4}', "line 300: 'answer' is a text"),
+    "unknown key": ('{"x": "1", "y": "1", "strateg": "a"}', "line 300: unknown key 'strateg'"),
+    "newline": ('{"x": "1", "y": "1\\n2"}', "line 300: 'y' has characters"),
+    "tokens late": ('{"tokens": "chars"}', "line 300: unknown key 'tokens'"),
+    "reserved": ('{"x": "100", "y": "1 <z1>"}', "line 300: the token <z1> is reserved"),
+    "reserved x": ('{"x": "100 </x>", "y": "1"}', "line 300: the token </x> is reserved"),
+    "UTF-16": ('{"x": "1", "y": "2"}\n'.encode("utf-16"), "not UTF-8"), "latin-1": ('"é"'.encode("latin-1"), "not UTF-8"),
+    "no header": (b'{"tokens": "words"}\n{"x": "1", "y": "2"}\n', "line 1: 'tokens' is"),
+    "header and record": (b'{"tokens": "chars", "x": "1", "y": "2"}\n', "line 1: 'tokens' is"),
+    "empty": (b"", "no train inputs"), "blank": (b"\n\n \n", "no train inputs"),
+    "one input": (b'{"x": "1", "y": "2"}\n' * 99, "no validation inputs"), "not gzip": (b"x", "cannot read traces"),
+    "cut gzip": (gzip.compress(b'{"x": "1", "y": "2"}\n' * 9 ** 5)[:-9], "cannot read traces"),
+    "spoilt gzip": (gzip.compress(b"")[:10] + 999 * b"?", "cannot read traces"), "a folder": (None, "cannot read"),
+    "no file": (..., "cannot read traces")}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_is_one_line_that_says_where(tmp_path, kind):
+    content, says = BROKEN[kind]
+    path = tmp_path / ("traces.jsonl.gz" if "gzip" in kind else "traces.jsonl")
+    if isinstance(content, str):
+        good = [json.dumps({"x": str(n), "y": f"{n} 1 2"}) for n in range(299)]
+        path.write_text("\n".join([*good, content, good[0]]) + "\n")
+    elif content is None:
+        path.mkdir()
+    elif content is not ...:
+        path.write_bytes(content)
+    said = ends(lambda: traces_task(str(path)))
+    assert says in said and str(path) in said, said
+
+
+def test_a_token_that_training_never_saw_is_named_with_its_line(tmp_path):
+    rows = [{"x": x, "y": "1"} for x in INPUTS]
+    task = traces_task(write(tmp_path / "a.jsonl", rows))
+    n = next(i for i, x in enumerate(INPUTS) if task.split(x.split()) == "test")
+    rows[n]["y"] = "unseen"
+    said = ends(lambda: traces_task(write(tmp_path / "a.jsonl", rows)))
+    assert f"line {n + 1}: 'unseen'" in said and "test input" in said
+
+
+def test_a_record_that_does_not_fit_is_named_with_its_line(tmp_path, rows, workplace):
+    """A record has 6 special tokens besides those of x and y."""
+    rows = [*rows, rows[0] | {"y": " ".join(43 * ["ans"])}]
+    n = len(rows[0]["x"].split()) + 43 + 6
+    flags = [*BASE, f"--task={write(tmp_path / 'a.jsonl', rows)}", "--name=long"]
+    said = ends(lambda: train_base.train(config.load(train_base, [*flags, f"--block_size={n - 1}"])))
+    assert f"line {len(rows)}: a record of {n} tokens exceeds block_size {n - 1}" in said
+    train_base.train(config.load(train_base, [*flags, f"--block_size={n}", "--steps=1"]))
+
+
+@pytest.mark.parametrize("key, value", [("task_sizes", {"side": 3}), ("strategy_weights", [1, 2]),
+                                        ("wordings", ["separators"])])
+def test_keys_of_made_tasks_play_no_part_where_the_task_is_a_file(tmp_path, rows, workplace, key, value):
+    path = write(tmp_path / "a.jsonl", rows)
+    said = ends(lambda: train_base.train(config.load(train_base, [*BASE, f"--task={path}", f"--{key}={value}"])))
+    assert f"'{key}' plays no part" in said
+
+
+def test_a_file_stands_beside_its_config_or_where_the_program_runs(tmp_path, rows, monkeypatch):
+    write(tmp_path / "mine.jsonl", rows)
+    (tmp_path / "mine_base.py").write_text("task = 'mine.jsonl'\n")
+    monkeypatch.chdir("/")
+    assert config.load(train_base, [str(tmp_path / "mine_base.py")]).task == str(tmp_path / "mine.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert config.load(train_base, ["mine_base.py"]).task == "mine.jsonl"
+
+
+def test_200_000_records_are_read_in_seconds(tmp_path):
+    rng = random.Random(0)
+    with open(tmp_path / "many.jsonl", "w") as f:
+        for _ in range(200_000):
+            x, y = (" ".join(map(str, (rng.randrange(100) for _ in range(n)))) for n in (8, 60))
+            f.write(json.dumps({"x": x, "y": y}) + "\n")
+    code = ("import resource, sys, tasks; task = tasks.traces_task(sys.argv[1]); "
+            "print(len(task.records), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    before = os.times().children_user
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "many.jsonl")], cwd=ROOT, capture_output=True, text=True)
+    seconds = os.times().children_user - before
+    found, kilobytes = map(int, done.stdout.split())
+    assert found > 199_000 and seconds < 10 and kilobytes < 2 ** 20, (seconds, kilobytes)
+
+
+# ----------------------------------------------------------------------------------------------- the task
+def test_a_base_learns_the_records_as_they_are(small):
+    """Inputs and solutions are drawn as often as they are in the file."""
+    task = traces_task(small({"y": "1 1", "strategy": "a"}, {"y": "1 1", "strategy": "a"}, {"y": "2"}, {"y": "3", "strategy": "b"}))
+    rng, n = random.Random(0), 8000
+    drawn = [(task.sample_input(rng, "train"), rng) for _ in range(n)]
+    found = [task.solutions(x, rng) for x, rng in drawn]
+    assert all(math.isnan(entropy) and [weight for _, weight in pairs] == [1.0] for pairs, entropy in found)
+    count = Counter(" ".join(pairs[0][0]) for pairs, _ in found)
+    for y, share in (("1 1", 0.5), ("2", 0.25), ("3", 0.25)):
+        assert abs(count[y] / n - share) < 5 * math.sqrt(share * (1 - share) / n)
+    assert {" ".join(x) for x, _ in drawn} == {x for x in INPUTS if task.split(x.split()) == "train"}
+    records, starts, weights, entropy = train_base.record_batch(task, Tokenizer(task.vocab), rng, 10, "train")
+    assert len(records) == 10 and weights.tolist() == pytest.approx(10 * [0.1]) and math.isnan(entropy)
+
+
+def test_an_input_that_is_in_the_file_more_often_is_drawn_more_often(tmp_path):
+    rows = [{"x": x, "y": "1"} for x in INPUTS]
+    task = traces_task(write(tmp_path / "a.jsonl", rows))
+    often = next(row for row in rows if task.split(row["x"].split()) == "train")
+    task, rng = traces_task(write(tmp_path / "a.jsonl", rows + 200 * [often])), random.Random(0)
+    share = 201 / (200 + sum(task.split(x.split()) == "train" for x in INPUTS))
+    found = sum(task.sample_input(rng, "train") == often["x"].split() for _ in range(2000)) / 2000
+    assert abs(found - share) < 5 * math.sqrt(share * (1 - share) / 2000)
+
+
+def test_a_solution_follows_the_strategy_whose_labelled_solution_it_is(small):
+    """And no other: a y without a label, of another x, or with one token more follows none."""
+    task = traces_task(small({"y": "1 1", "strategy": "b"}, {"y": "1 2", "strategy": "b"}, {"y": "2 3", "strategy": "a"},
+                             {"y": "4", "answer": "9"}, {"y": "2 3", "strategy": "c"}, {"y": "1 1", "strategy": "b"}))
+    x, typed = ["1", "0", "0"], ["7", "7", "7"]
+    assert task.strategies == ("a", "b", "c") and task.kind(x) == "all"
+    assert task.mixture(x) == {"a": 0.2, "b": 0.6, "c": 0.2} and task.mixture(typed) == {}
+    for y, want in (("1 1", ["b"]), ("1 2", ["b"]), ("2 3", ["a", "c"]), ("4", []), ("2 3 3", []), ("2", [])):
+        assert task.all_strategies(x, y.split()) == want and task.attribute(x, y.split()) == next(iter(want), None)
+        assert task.is_trace(x, y.split()) == (bool(want) or y == "4") and not task.all_strategies(typed, y.split())
+    assert task.nearest_strategy(x, ["1", "9"]) == "b" and task.nearest_strategy(x, ["2"]) == "a"
+    assert task.nearest_strategy(typed, ["1"]) is None
+    assert task.answer(x) == ["9"] and task.answer(typed) is None
+    assert train_base.score_answers(task, [x, x, typed, x], [["4", "9"], ["9"], ["9"], []]) == {
+        "final_answer_accuracy": pytest.approx(2 / 3)}
+    assert train_base.score_answers(traces_task(small({"y": "1"})), [x], [["1"]]) == {}
+
+
+def test_characters_are_tokens_where_the_first_line_says_so(tmp_path, workplace, capsys):
+    """A space is one, too; so it is in what a user types, and in what is shown."""
+    rng = random.Random(0)
+    rows = [{"x": f"{a} {b}", "y": (f"{a}+{b} = {a + b}" if i else f"{b} + {a}={a + b}"), "strategy": "ab"[i]}
+            for a in range(10) for b in range(10, 30) for i in range(2)]
+    rng.shuffle(rows)
+    path = write(tmp_path / "chars.jsonl", [{"tokens": "chars"}, *rows])
+    task = traces_task(path)
+    assert task.vocab == tuple(" +0123456789=") and task.traces(list("3 12")) in (
+        [("a", list("12 + 3=15")), ("b", list("3+12 = 15"))], [("b", list("3+12 = 15")), ("a", list("12 + 3=15"))])
+    (tmp_path / "chars_base.py").write_text("".join(f"{key} = {value!r}\n" for key, value in dict(
+        task=path, n_layer=1, n_head=2, n_embd=32, block_size=32, steps=20, eval_every=20, eval_size=16,
+        final_eval_size=16).items()))
+    flags = [*SHORT, f"--base={tmp_path / 'chars_base.py'}", "--n_latents=2", "--name=chars"]
+    factorize.factorize(config.load(factorize, flags))
+    evaluate.main(["out/chars", "--x=3 12"])
+    assert "x = 3 12" in capsys.readouterr().out
+    assert "'#' is not in the task's vocabulary" in ends(lambda: evaluate.main(["out/chars", "--x=3#12"]))
+
+
+# ----------------------------------------------------------------------------------------------- the runs
+@pytest.fixture(scope="module")
+def labelled(workplace, rows, tmp_path_factory):
+    """Runs on the same records with and without their labels, and with labels that are permuted; with a discrete z."""
+    folder, found = tmp_path_factory.mktemp("files"), {}
+    names = [row["strategy"] for row in rows]
+    random.Random(1).shuffle(names)
+    kinds = {"labels": rows, "no_labels": [{key: row[key] for key in ("x", "y", "answer")} for row in rows],
+             "permuted": [row | {"strategy": name} for row, name in zip(rows, names)],
+             "some": [row if i % 3 else {key: row[key] for key in ("x", "y")} for i, row in enumerate(rows)]}
+    for kind, content in kinds.items():
+        path = write(folder / f"{kind}.jsonl", content)
+        base = f"configs/tiny_base.py --task={path} --task_sizes={{}} --steps=40 --eval_every=20 --name={kind}_base"
+        log, weights = run(kind, f"--base={base}")
+        base_weights = runs.load_checkpoint(f"out/{kind}_base/ckpt.pt", "base")["model"]
+        found[kind] = log, weights, base_weights, evaluate.evaluate(f"out/{kind}")
+    return found
+
+
+LABELLED = re.compile("alignment|coverage|strategy|permutation|purity|kind|valid|attributed|probe|centroid|share_")
+
+
+def test_labels_of_a_file_change_no_weight(labelled):
+    """Base, generator, router and posterior are the same bit by bit without labels, and with others."""
+    _, weights, base_weights, _ = labelled["labels"]
+    for kind in ("no_labels", "permuted", "some"):
+        assert same(weights, labelled[kind][1]) and same(base_weights, labelled[kind][2])
+
+
+def test_without_labels_every_labelled_metric_is_absent(labelled):
+    """In the log and in metrics.json, and not 0; the report without labels is there all the same."""
+    log, _, _, metrics = labelled["no_labels"]
+    assert not [key for entry in (*log, metrics) for key in entry if LABELLED.search(key)]
+    with_labels = labelled["labels"]
+    for key in ("consistency", "distinct_outputs", "router_information", "nll", "base_nll", "cluster_agreement",
+                "posterior_mutual_information", "controlled_final_answer_accuracy"):
+        assert metrics[key] == pytest.approx(with_labels[3][key])
+    assert {"alignment_one_to_one", "local_strategy_coverage_mean", "posterior_alignment"} <= with_labels[3].keys()
+    assert all("consistency" in entry for entry in log if entry["step"] in (2, 4))
+    names = set(os.listdir("out/no_labels"))
+    assert "traces.png" in names and "training.png" in names and "matching.png" not in names
+
+
+def test_a_continuous_run_needs_no_labels(labelled, rows, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{key: row[key] for key in ("x", "y")} for row in rows])
+    base = f"configs/tiny_base.py --task={path} --task_sizes={{}} --steps=40 --eval_every=20 --name=bare_base"
+    run("bare", f"--base={base}", short=SHORT_CONTINUOUS)
+    metrics = evaluate.evaluate("out/bare")
+    assert "nll" in metrics and not [key for key in metrics if LABELLED.search(key) or "answer" in key]
+    evaluate.main(["out/bare", "--show=1"])
+    assert "cell 3: " in capsys.readouterr().out
+
+
+def test_each_shown_solution_stands_beside_its_probability_under_the_base(labelled, capsys):
+    """p(y|x) = exp(-sum_t l_t) of the canonical record."""
+    _, base, task, tokenizer, model, _ = evaluate.load_run("out/no_labels")
+    evaluate.main(["out/no_labels", "--show=1"])
+    shown = capsys.readouterr().out
+    x = evaluate.different_inputs(task, 1, "test")[0]
+    prompts = [tokenizer.prompt(x, k) for k in range(3)]
+    ys = train_base.sample_ys(model, tokenizer, prompts, None, temperature=0)
+    with torch.no_grad():
+        pairs = evaluate.known_to_base(base, task, 3 * [x], ys)
+        want = score_base(base, pairs).sum(dim=1).neg().exp()
+    found = [float(p) for p in re.findall(r"p\(y\|x\) of the base: ([0-9.]+)", shown)]
+    assert found == pytest.approx(want.tolist(), abs=1e-3) and re.search("in the file", shown)
+
+
+def test_the_weights_of_the_least_validation_loss_are_kept_and_overfitting_is_said(workplace, monkeypatch, capsys):
+    """Also by a run that was interrupted after it was at its best."""
+    losses, states = iter([3.0, 2.0, 2.5, 4.0, 9.0, 9.0, 4.0, 9.0, 9.0]), []
+
+    def validate(model, *args):
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"nll": next(losses), "valid_trace_rate": 0.5}
+
+    monkeypatch.setattr(train_base, "validate", validate)
+    cfg = config.load(train_base, [*BASE, "--task_sizes={'side': 8, 'max_distance': 3}", "--name=best", "--save_every=30"])
+    train_base.train(cfg)
+    kept = runs.load_checkpoint("out/best/ckpt.pt", "base")
+    assert same(kept["model"], states[1]) and not same(kept["model"], states[3]) and kept["c_base"] == 9.0
+    said = capsys.readouterr().out
+    assert "least after step 20, 2.000" in said and "50% of its samples are no trace" in said
+    losses, again = iter([3.0, 2.0, 2.5]), config.load(train_base, [
+        *BASE[:-1], "--task_sizes={'side': 8, 'max_distance': 3}", "--name=best", "--save_every=30", "--resume=True"])
+    with pytest.raises((StopIteration, RuntimeError)):
+        train_base.train(cfg)
+    losses = iter([4.0, 9.0, 9.0])
+    train_base.train(again)
+    assert same(runs.load_checkpoint("out/best/ckpt.pt", "base")["model"], kept["model"])
+
+
+def test_what_a_file_holds_is_printed(tmp_path, rows):
+    path = write(tmp_path / "a.jsonl", rows)
+    code, out, err = program("tasks.py", path, cwd=tmp_path)
+    lines = out.splitlines()
+    assert code == 0 and not err and lines[0].startswith(f"1500 records of {len({row['x'] for row in rows})} different x")
+    labels = Counter(row["strategy"] for row in rows)
+    assert all(f"{s} ({labels[s]})" in out for s in labels) and len([line for line in lines if "x = " in line]) == 3
+    longest = max(len(row["x"].split()) + len(row["y"].split()) + 6 for row in rows)
+    assert f"to {longest}" in out and "different y for one x: 1 to 3" in out
+    assert program("tasks.py", str(tmp_path / "none.jsonl"), cwd=tmp_path)[0] == 1
+
+
+def test_the_shipped_file_is_what_its_licence_note_says():
+    task = tasks.traces_task(os.path.join(ROOT, "tests", "data", "clrs_sorts.jsonl.gz"))
+    assert task.strategies == ("bubble_sort", "heapsort", "insertion_sort", "quicksort")
+    assert len(task.records) == 6000 and sum(map(len, task.records.values())) == 24000
+    for x, records in list(task.records.items())[:200]:
+        assert all(record.answer.split() == sorted(x.split()) and record.y.endswith(record.answer) for record in records)
