@@ -129,23 +129,40 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
 
 @torch.no_grad()
 def strategy_probabilities(model, base, task, tokenizer, xs):
-    """p(y|x) of the trace of every strategy on every x, not sampled: of the base and of the factorization, (N, S)
-    each; 0 for a strategy that the data does not have there. A trace counts as often as it has wordings; strategies
-    that coincide have equal parts of it."""
+    """The probability of the trace of every strategy on every x, in all its wordings, not sampled: p(y|x) of the base
+    (N, S) and p(y|x,z) of the generator (K, N, S), 0 for a strategy that the data does not have there; and how many
+    strategies leave that trace (N, S)."""
     traces = [[(s, y) for s, y in task.traces(x) if s] for x in xs]
     place = [(i, task.strategies.index(s)) for i, own in enumerate(traces) for s, _ in own]
-    ys = [[y for _, y in own] for own in traces]
-    many = torch.tensor([task.word(y, random.Random(0))[1] - math.log(own.count(y)) for own in ys for y in own])
-    records = [tokenizer.record(x, y) for x, own in zip(xs, ys) for y in own]
+    nats = torch.tensor([task.word(y, random.Random(0))[1] for own in traces for _, y in own])
+    alike = torch.tensor([[float([y for _, y in own].count(y))] for own in traces for _, y in own])
+    records = [tokenizer.record(x, y) for x, own in zip(xs, traces) for _, y in own]
     check_lengths(records, model.config.block_size)
     pairs = as_pairs(records, [len(tokenizer.prompt(xs[i])) for i, _ in place])
-    log_base = in_chunks(lambda chunk: -score_base(base, chunk).sum(dim=1), pairs)
-    logp_z = router(model, tokenizer, xs)[[i for i, _ in place]]
-    log_model = (logp_z + log_likelihood(model, pairs)).logsumexp(dim=1)
-    p = torch.zeros(2, len(xs) * len(task.strategies))
+    log_base = in_chunks(lambda chunk: -score_base(base, chunk).sum(dim=1, keepdim=True), pairs)
+    p = torch.cat((log_base, log_likelihood(model, pairs)), dim=1).add(nats[:, None]).exp()  # (traces, 1 + K)
     cell = torch.tensor([i * len(task.strategies) + s for i, s in place])
-    p.index_add_(1, cell, torch.stack((log_base, log_model)).add(many).exp())
-    return p.view(2, len(xs), -1)
+    found = torch.zeros(len(xs) * len(task.strategies), p.shape[1] + 1).index_add_(0, cell, torch.cat((p, alike), dim=1))
+    base_p, *of_z, alike = found.T.reshape(-1, len(xs), len(task.strategies))
+    return base_p, torch.stack(of_z), alike
+
+
+def exact_alignment(p, there, matching, kinds):
+    """Alignment and full coverage, not sampled: from p (K, N, S) of `strategy_probabilities`, on inputs that have the
+    strategies `there` (N, S), z being matched to strategy matching[z] or None; the standard error over inputs, and the
+    mean over inputs of each kind."""
+    own = torch.zeros(p.shape[1:])
+    for z, s in enumerate(matching):
+        if s is not None:
+            own[:, s] = p[z, :, s]
+    left_over = max(0, len(matching) - own.shape[1])
+    alignment = (own * there).sum(dim=1) / (there.sum(dim=1) + left_over)
+    by_kind = {kind: [i for i, each in enumerate(kinds) if each == kind] for kind in sorted(set(kinds))}
+    return {"exact_alignment": alignment.mean().item(),
+            "exact_alignment_error": alignment.std(correction=0).item() / math.sqrt(max(1, len(alignment) - 1)),
+            "exact_full_coverage": own.where(there, 1.0).prod(dim=1).mean().item(),
+            **{f"exact_alignment_{kind.replace(' ', '_')}": alignment[rows].mean().item()
+               for kind, rows in by_kind.items() if len(by_kind) > 1}}
 
 
 def router_at_work(logp_z, p_model, p_base, kinds):
@@ -346,7 +363,8 @@ def load_run(folder):
     return checkpoint, base, task, Tokenizer(task.vocab, model.config.n_latents), model, q
 
 
-SHOWN = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutation_gap",
+SHOWN = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutation_gap", "exact_alignment",
+         "exact_full_coverage",
          "controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
          "posterior_mu_probe_accuracy", "sampled_z_probe_accuracy", "sampled_z_probe_accuracy_control",
          "centroid_distance", "sampled_strategy_total_variation", "strategy_total_variation_per_input", "nll",
@@ -375,9 +393,12 @@ def evaluate(folder, seed=0):
         metrics |= without_labels(model, q, base, task, tokenizer, xs, seed)
         metrics["router_information"] = information(logp_z.exp())
     if C is not None:
-        p_base, p_model = strategy_probabilities(model, base, task, tokenizer, xs)
-        at_work, *by_kind = router_at_work(logp_z, p_model, p_base, list(map(task.kind, xs)))
-        metrics |= at_work
+        matching, kinds = one_to_one_matching(C)[1], list(map(task.kind, xs))
+        p_base, p_of_z, alike = strategy_probabilities(model, base, task, tokenizer, xs)
+        p_model = torch.einsum("nk,kns->ns", logp_z.exp(), p_of_z)
+        shared = alike.clamp(min=1)  # strategies that coincide have equal parts of their trace
+        at_work, *by_kind = router_at_work(logp_z, p_model / shared, p_base / shared, kinds)
+        metrics |= at_work | exact_alignment(p_of_z, alike > 0, matching, kinds)
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
     metrics |= checkpoint["clusters"] | {"test_inputs": len(xs), "minutes": checkpoint["minutes"]}
     made_with = checkpoint["made_with"] | {"evaluated_by": runs.current_commit(), "base": checkpoint["base"]["config"]}
@@ -396,7 +417,6 @@ def evaluate(folder, seed=0):
         figures.draw_traces(task.text(xs[0]), *sample_traces(run, xs[0], seed), task.strategies,
                             os.path.join(folder, "traces.png"))
     if C is not None:
-        matching = one_to_one_matching(C)[1]
         figures.draw_matching(C, matching, named, os.path.join(folder, "matching.png"))
         figures.draw_router(*by_kind, matching, task.strategies, os.path.join(folder, "router.png"))
     for name in SHOWN:

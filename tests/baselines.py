@@ -3,6 +3,7 @@
     python tests/baselines.py supervised configs/grid_discrete.py --name=grid_supervised --seed=0
     python tests/baselines.py clusters configs/grid_discrete.py --seed=0 > out/grid_clusters.json
     python tests/baselines.py two_tasks tests/two_tasks_discrete.py --seed=0
+    python tests/baselines.py export configs/grid_base.py > out/grid.jsonl
 
 `supervised` is factorize.py with the true strategies as labels, in place of the clusters' and of responsibilities: what
 the generator reaches in as many steps when somebody tells it. `clusters` needs no generator: it shares out the
@@ -10,6 +11,7 @@ recipe's own responses of the base, once by k-means on mean hidden states, raw o
 the same x, and once as the recipe does, for several mixtures of the strategies that nothing tells. It prints how many
 of the responses are in the right cluster, and which K is found.
 `two_tasks` is factorize.py on a base of two tasks (`grids_and_equations`), measured on each of them apart.
+`export` writes 20,000 records of a base's task as a file of traces, each of a strategy drawn from the mixture.
 """
 import dataclasses
 import json
@@ -23,12 +25,13 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import evaluate
 import factorize
+import train_base
 from harness import config, parallel, runs
 from harness.parallel import seeded
 from model import in_chunks
 from posterior import Posterior, start_posterior
 from tasks import TASK_FUNCTIONS, TASKS, Task, Tokenizer
-from train_base import get_base
+from train_base import get_base, make_task
 
 TWO = {"grid": TASKS["grid_pathfinding"], "equation": TASKS["linear_equation_solving"]}
 
@@ -156,7 +159,17 @@ def two_tasks(cfg):
     print(json.dumps(metrics, indent=1))
 
 
+def export(cfg, n=20_000):
+    task, rng = make_task(vars(cfg)), random.Random(f"export {cfg.seed}")
+    for _ in range(n):
+        x = task.sample_input(rng)
+        (strategy,) = rng.choices(*zip(*task.mixture(x).items()))
+        y = task.word(task.trace(x, strategy), rng)[0]
+        print(json.dumps({"x": " ".join(x), "y": " ".join(y), "strategy": strategy, "answer": " ".join(task.answer(x))}))
+
+
 if __name__ == "__main__":
     TASK_FUNCTIONS["grids_and_equations"], TASKS["grids_and_equations"] = grids_and_equations, grids_and_equations()
     what, *flags = sys.argv[1:]
-    {"supervised": supervised, "clusters": clusters, "two_tasks": two_tasks}[what](config.load(factorize, flags))
+    script = train_base if what == "export" else factorize
+    {f.__name__: f for f in (supervised, clusters, two_tasks, export)}[what](config.load(script, flags))

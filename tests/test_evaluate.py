@@ -2,6 +2,7 @@
 import dataclasses
 import itertools
 import math
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -176,10 +177,34 @@ def test_a_trace_is_as_probable_as_all_its_wordings_and_is_shared_by_strategies_
         want[0, i, s] = log_p(base, plain.prompt(x), rest).exp() * factors[i, s]
         want[1, i, s] = factors[i, s] * sum((logp_z[i, k] + log_p(model, tokenizer.prompt(x, k), rest)).exp()
                                             for k in range(2))
-    found = evaluate.strategy_probabilities(model, base, task, tokenizer, xs)
+    p_base, p_of_z, alike = evaluate.strategy_probabilities(model, base, task, tokenizer, xs)
+    assert torch.equal(alike, torch.tensor([[3.0, 3, 3], [3, 3, 3], [1, 1, 0], [2, 2, 0], [1, 0, 1]]))
+    found = torch.stack((p_base, torch.einsum("nk,kns->ns", logp_z.exp(), p_of_z))) / alike.clamp(min=1)
     assert torch.equal(found == 0, (factors == 0).expand(2, 5, 3))
     there = factors.expand(2, 5, 3) > 0
     assert torch.allclose(found[there].log(), want[there].log(), atol=1e-3)
+
+
+def test_exact_alignment_is_the_probability_that_forced_z_gives_its_strategy():
+    """Averaged over z and inputs, its product over z, both of the strategies that are there; a latent too many and one
+    too few count as nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for K, S, matching in ((3, 3, [2, 0, 1]), (4, 3, [1, None, 0, 2]), (2, 3, [2, 0])):
+        p, there = torch.rand(K, 5, S, generator=generator), torch.ones(5, S) > 0
+        there[3, 0] = there[4, 1] = False
+        kinds, want, coverage = ["a b", "c", "c", "a b", "c"], [], []
+        for x in range(5):
+            served = {s: p[z, x, s].item() for z, s in enumerate(matching) if s is not None}
+            own = [served.get(s, 0.0) for s in range(S) if there[x, s]]
+            want.append(sum(own) / (len(own) + max(0, K - S)))
+            coverage.append(math.prod(own))
+        metrics = evaluate.exact_alignment(p, there, matching, kinds)
+        assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in {
+            "exact_alignment": statistics.mean(want), "exact_full_coverage": statistics.mean(coverage),
+            "exact_alignment_error": statistics.stdev(want) / math.sqrt(5), "exact_alignment_a_b": (want[0] + want[3]) / 2,
+            "exact_alignment_c": (want[1] + want[2] + want[4]) / 3}.items()}
+    assert evaluate.exact_alignment(p, there, matching, 5 * ["a"]).keys() == {
+        "exact_alignment", "exact_alignment_error", "exact_full_coverage"}
 
 
 def test_a_strategy_is_asked_for_only_on_inputs_where_the_data_has_it(monkeypatch):

@@ -203,7 +203,7 @@ def test_programs_run_with_stdout_closed_and_into_a_pipe_that_closes(workplace):
     """Nobody may read what a run says, or it does not fit on the disk: the run goes on. Its files are its own, also
     where the descriptors of stdout and stderr are free."""
     python = sys.executable
-    for i, to in enumerate((">&-", "0<&- >&- 2>&-", "| head -1", "2>&1 | true", ">/dev/full", ">/dev/full 2>&-")):
+    for i, to in enumerate(("0<&- >&- 2>&-", "2>&1 | head -1", ">/dev/full 2>&-")):
         flags = " ".join([*BASE, "--eval_every=1", f"--name=closed{i}"])
         done = shell(f"set -o pipefail; {python} {ROOT}/train_base.py {flags} {to}", workplace)
         assert done.returncode == 0 and not done.stderr, (to, done.stderr)
@@ -244,7 +244,7 @@ def test_a_base_is_looked_up_beside_the_config_file_and_this_is_said(tmp_path, m
     monkeypatch.chdir(tmp_path)
     for place in ("my/tiny.py", "my/bases/tiny.py"):  # the latter, where there are both
         cfg = config.load(factorize, ["my/run.py"])
-        assert cfg.base == f"{place} --seed=3 --n_embd=16" and f"is that of '{place}'" in capsys.readouterr().out
+        assert cfg.base == f"{place} --seed=3 --n_embd=16" and f"taken to be '{place}'" in capsys.readouterr().out
         base = factorize.load_base_config(cfg)
         assert (base.seed, base.n_embd, base.name) == (3, 16, "tiny")
         (tmp_path / "my" / "bases").mkdir(exist_ok=True)

@@ -873,7 +873,9 @@ def test_strategy_probabilities_are_the_shares_of_samples(reference):
     generator = seeded(0)
     ys = (train_base.sample_ys(base, tokenizer, 2048 * [tokenizer.prompt(x)], generator),
           evaluate.router_sampled(model, task, tokenizer, [x], 2048, generator)[1])
-    for p, sampled in zip(evaluate.strategy_probabilities(model, base, task, tokenizer, [x]), ys):
+    p_base, p_of_z, _ = evaluate.strategy_probabilities(model, base, task, tokenizer, [x])
+    p_model = torch.einsum("nk,kns->ns", evaluate.router(model, tokenizer, [x]).exp(), p_of_z)
+    for p, sampled in zip((p_base, p_model), ys):
         found = [task.attribute(x, y) for y in sampled]
         for share, s in zip(p[0].tolist(), task.strategies):
             assert abs(found.count(s) / 2048 - share) < 5 * math.sqrt(share * (1 - share) / 2048) + 1e-3
