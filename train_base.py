@@ -225,8 +225,8 @@ def train(cfg):
             run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {"best": best})
         model.load_state_dict(best["model"])
         if best["step"] < cfg.steps:
-            say(f"{cfg.name}: it overfits. The held-out loss was least after step {best['step']}, {best['nll']:.3f}, whose "
-                f"weights are kept; in the end it was {scores['nll']:.3f}")
+            say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to {scores['nll']:.3f}: "
+                "the former weights are kept. If it rises by much, the base overfits: more data, or fewer steps, may help")
         c_base = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "validation")["nll"]
         scores = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test")
         scores |= {"c_base": c_base, "minutes": run.minutes, "best_step": best["step"]}

@@ -154,7 +154,7 @@ def test_the_latent_space_shows_how_far_samples_are_from_posterior_means(tmp_pat
         assert filled or (shown[name, True] - place).norm() == pytest.approx(1, abs=1e-4)
     points = [each for each in of_samples.collections if each.get_sizes()[0] < 50]
     assert [(each.get_label(), len(each.get_offsets())) for each in points] == [
-        ("a", 18), ("b", 18), ("c", 0), ("none", 4)]
+        (" a", 18), (" b", 18), (" c", 0), (" none", 4)]
 
 
 def test_traces_shows_every_step_of_every_solution_right_or_wrong(tmp_path, drawn, monkeypatch):

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 # where the blocks stand: a page, and the title of a section of it
 TASK_PAGE, TASK_SECTION = "configs/README.md", "Add your own task"
-LOSS_PAGE, LOSS_SECTION = "README.md", "Add a loss, a task"
+LOSS_PAGE, LOSS_SECTION = "README.md", "Add a loss, a task, traces"
 
 
 def blocks(page, section, language):

@@ -318,7 +318,7 @@ def test_the_weights_of_the_least_validation_loss_are_kept_and_overfitting_is_sa
     kept = runs.load_checkpoint("out/best/ckpt.pt", "base")
     assert same(kept["model"], states[1]) and not same(kept["model"], states[3]) and kept["c_base"] == 9.0
     said = capsys.readouterr().out
-    assert "least after step 20, 2.000" in said and "50% of its samples are no trace" in said
+    assert "rose from 2.000 after step 20 to 4.000" in said and "50% of its samples are no trace" in said
     losses, again = iter([3.0, 2.0, 2.5]), config.load(train_base, [
         *BASE[:-1], "--task_sizes={'side': 8, 'max_distance': 3}", "--name=best", "--save_every=30", "--resume=True"])
     with pytest.raises((StopIteration, RuntimeError)):
