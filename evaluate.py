@@ -165,6 +165,16 @@ def exact_alignment(p, there, matching, kinds):
                for kind, rows in by_kind.items() if len(by_kind) > 1}}
 
 
+def not_sampled(model, base, task, tokenizer, xs, logp_z, matching):
+    """What `exact_alignment` and `router_at_work` say, from log p(z|x) (N, K) and the probabilities of all traces."""
+    kinds = list(map(task.kind, xs))
+    p_base, p_of_z, alike = strategy_probabilities(model, base, task, tokenizer, xs)
+    shared = alike.clamp(min=1)  # strategies that coincide have equal parts of their trace
+    p_model = torch.einsum("nk,kns->ns", logp_z.exp(), p_of_z)
+    at_work, *by_kind = router_at_work(logp_z, p_model / shared, p_base / shared, kinds)
+    return at_work | exact_alignment(p_of_z, alike > 0, matching, kinds), *by_kind
+
+
 def router_at_work(logp_z, p_model, p_base, kinds):
     """What the router knows of x, in nats: I(x; z) of log p(z|x) (N, K), and I(kind; z); and what the base's strategies
     say of the input's kind, I(kind; strategy), from p(y|x) of every trace (N, S). kinds: the kind of every x. Returns
@@ -393,12 +403,9 @@ def evaluate(folder, seed=0):
         metrics |= without_labels(model, q, base, task, tokenizer, xs, seed)
         metrics["router_information"] = information(logp_z.exp())
     if C is not None:
-        matching, kinds = one_to_one_matching(C)[1], list(map(task.kind, xs))
-        p_base, p_of_z, alike = strategy_probabilities(model, base, task, tokenizer, xs)
-        p_model = torch.einsum("nk,kns->ns", logp_z.exp(), p_of_z)
-        shared = alike.clamp(min=1)  # strategies that coincide have equal parts of their trace
-        at_work, *by_kind = router_at_work(logp_z, p_model / shared, p_base / shared, kinds)
-        metrics |= at_work | exact_alignment(p_of_z, alike > 0, matching, kinds)
+        matching = one_to_one_matching(C)[1]
+        exact, *by_kind = not_sampled(model, base, task, tokenizer, xs, logp_z, matching)
+        metrics |= exact
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
     metrics |= checkpoint["clusters"] | {"test_inputs": len(xs), "minutes": checkpoint["minutes"]}
     made_with = checkpoint["made_with"] | {"evaluated_by": runs.current_commit(), "base": checkpoint["base"]["config"]}
