@@ -142,8 +142,9 @@ def strategy_probabilities(model, base, task, tokenizer, xs):
     log_base = in_chunks(lambda chunk: -score_base(base, chunk).sum(dim=1, keepdim=True), pairs)
     p = torch.cat((log_base, log_likelihood(model, pairs)), dim=1).add(nats[:, None]).exp()  # (traces, 1 + K)
     cell = torch.tensor([i * len(task.strategies) + s for i, s in place])
-    found = torch.zeros(len(xs) * len(task.strategies), p.shape[1] + 1).index_add_(0, cell, torch.cat((p, alike), dim=1))
-    base_p, *of_z, alike = found.T.reshape(-1, len(xs), len(task.strategies))
+    N, S = len(xs), len(task.strategies)
+    found = torch.zeros(N * S, p.shape[1] + 1).index_add_(0, cell, torch.cat((p, alike), dim=1))
+    base_p, *of_z, alike = found.T.reshape(-1, N, S)
     return base_p, torch.stack(of_z), alike
 
 
@@ -277,7 +278,8 @@ def discrete_fidelity(model, pairs, logq, logp_z, labels, S):
             "nll_of_mean_router": -(mean_router + logp_y).logsumexp(dim=1).mean().item(),
             "reconstruction": losses.reconstruction(logp_y, logq).mean().item(),
             "kl": losses.categorical_kl(logq, logp_z).mean().item(),
-            **({"posterior_alignment": one_to_one_matching(joint)[0]} if S else {}), "posterior_entropy": entropy.item(),
+            **({"posterior_alignment": one_to_one_matching(joint)[0]} if S else {}),
+            "posterior_entropy": entropy.item(),
             "posterior_mutual_information": (-(marginal_q.exp() * marginal_q).sum() - entropy).item()}
 
 

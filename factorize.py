@@ -37,7 +37,7 @@ from tasks import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    base: str  # config file of the base model, and flags; trained first if its checkpoint is missing
+    base: str  # config file of the base, and flags; trained first if its checkpoint is missing
     name: str = ""  # of the run; its folder is out/<name>; default: the config file's name
     z_dim: int = 0  # D, the size of a continuous z; 0: discrete latents
     n_latents: int = 0  # K, the number of clusters, and of discrete latents; 0: found by clustering
@@ -377,12 +377,12 @@ def report(run, bar, entry):
     """The numbers that a person watches: in the progress bar, and a line for every evaluation."""
     line = f"R/c {entry['normalized_reconstruction']:.3f}, KL {entry['kl']:.3f}"
     bar.set_postfix_str(line, refresh=False)
-    cfg = run.cfg
     shown = {"sampled_z_probe_accuracy": "probe", "alignment_one_to_one": "alignment",
              "local_strategy_coverage_mean": "coverage", "consistency": "consistency"}
     if run.due(entry["step"] - 1):
-        scores = "".join(f", {name} {entry[key]:.3f}" for key, name in shown.items() if key in entry)
-        say(f"{cfg.name} step {entry['step']}/{cfg.steps}: {line}{scores}, {entry['minutes']:.1f} min")
+        line += "".join(f", {name} {entry[key]:.3f}" for key, name in shown.items() if key in entry)
+        say(f"{run.cfg.name} step {entry['step']}/{run.cfg.steps}: {line}, "
+            f"{entry['minutes']:.1f} min")
 
 
 # ------------------------------------------------------------- the config

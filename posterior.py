@@ -197,10 +197,9 @@ def start_posterior(q, pairs, x_index, K, seed, searches, std):
     weight = torch.tensor([float(len(rows)) for rows in count.values()])
     pairs, x_index = pairs.rows(index), x_index[index]
     siblings = (x_index.bincount() > 1)[x_index]  # a response that is alone has no contrast
-    several = len(x_index[siblings].unique())
-    if several < 4 or siblings.sum() < 2 * max(K, 2):
-        fail(f"config key 'cluster_inputs': {siblings.sum()} responses, of the {several} inputs "
-             f"that have several, are too few for {K or 'any'} clusters")
+    if siblings.sum() < 2 * max(K, 2):
+        fail(f"config key 'cluster_inputs': {siblings.sum()} responses, of inputs that have "
+             f"several, are too few for {K or 'any'} clusters")
     features = q.fit_statistics(pairs)
     # the last two layers, pooled with equal weights: earlier ones say more about x than about z
     width = q.backbone.config.n_embd
@@ -264,9 +263,12 @@ def cluster_responses(features, x_index, K, seed, searches):
     """
     contrast = (features - mean_of_input(features, x_index)).square().sum()
     if not 1e-12 < contrast < math.inf:
-        fail("nothing tells different responses to an input apart: in the base's states they differ "
-             f"by a square sum of {contrast:.3g}")
-    half = torch.randperm(int(x_index.max()) + 1, generator=seeded(seed))[x_index] % 2 == 0
+        fail("nothing tells different responses to an input apart: in the base's states they "
+             f"differ by a square sum of {contrast:.3g}")
+    inputs = int(x_index.max()) + 1
+    if inputs < 4:
+        fail(f"config key 'cluster_inputs': {inputs} inputs with several responses have no halves")
+    half = torch.randperm(inputs, generator=seeded(seed))[x_index] % 2 == 0
     halves = (x_index >= 0, half, ~half)  # all, and either half of the inputs
     parts = [(features[part], x_index[part].unique(return_inverse=True)[1]) for part in halves]
     for k in (K,) if K else range(2, 11):

@@ -216,9 +216,10 @@ class Task:
         trace of x has one."""
         y = self.canonical(y)
 
-        def shared(trace):
+        def shared(labelled):
+            _, trace = labelled
             return next((i for i, (a, b) in enumerate(zip(trace, y)) if a != b), min(len(trace), len(y)))
-        return max(((shared(trace), s) for s, trace in self.traces(x) if s), key=lambda each: each[0], default=(0, None))[1]
+        return max(((s, trace) for s, trace in self.traces(x) if s), key=shared, default=(None, None))[0]
 
 
 def number(n):

@@ -225,14 +225,15 @@ def train(cfg):
             run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {"best": best})
         model.load_state_dict(best["model"])
         if best["step"] < cfg.steps:
-            say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to {scores['nll']:.3f}: "
-                "the former weights are kept. If it rises by much, the base overfits: more data, or fewer steps, may help")
+            say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to "
+                f"{scores['nll']:.3f}: the former weights are kept. If it rises by much, the base overfits: more data, "
+                "or fewer steps, may help")
         c_base = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "validation")["nll"]
         scores = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test")
         scores |= {"c_base": c_base, "minutes": run.minutes, "best_step": best["step"]}
         if scores["valid_trace_rate"] < 0.9:
-            say(f"{cfg.name}: {1 - scores['valid_trace_rate']:.0%} of its samples are no trace of its data: more steps, more "
-                "data or another size may help")
+            say(f"{cfg.name}: {1 - scores['valid_trace_rate']:.0%} of its samples are no trace of its data: more "
+                "steps, more data or another size may help")
         runs.write_result(run.folder, dataclasses.asdict(cfg), run.made_with, scores)
         run.finish({"kind": "base", "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
                     "model": model.state_dict(), "vocab": list(task.vocab), "c_base": c_base})

@@ -81,7 +81,8 @@ def assignments(path):
         folder = os.path.dirname(path) or "."
         there = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
         close = difflib.get_close_matches(path, there, n=1)
-        fail(f"config file '{path}' {'is a folder' if os.path.isdir(path) else 'does not exist'}" + (f", did you mean '{close[0]}'?" if close else ""))
+        fail(f"config file '{path}' {'is a folder' if os.path.isdir(path) else 'does not exist'}"
+             + (f", did you mean '{close[0]}'?" if close else ""))
     assigned = {"__file__": path}
     try:
         with open(path, "rb") as f:  # bytes: Python finds out the encoding

@@ -150,7 +150,8 @@ class Run:
         with open(self.log_file.name) as f:
             log_lines = len(f.readlines())
         save(self.state_path, {"kind": "state", "config": dataclasses.asdict(self.cfg), "step": done,
-                               "log_lines": log_lines, "minutes": self.minutes, "made_with": self.made_with, **content()})
+                               "log_lines": log_lines, "minutes": self.minutes, "made_with": self.made_with,
+                               **content()})
         if received:
             say(f"{self.cfg.name}: stopped after step {done} of {self.cfg.steps}; the same command with "
                 "--resume=True goes on")

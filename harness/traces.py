@@ -69,9 +69,9 @@ def problem_of(entry):
 
 
 def vocabulary(path, records, tokens, split, reserved):
-    """The different tokens of training inputs and their records, sorted. tokens: text -> its tokens; split: tokens of x ->
-    "train", "validation" or "test"; reserved: a pattern of tokens that are no file's. Ends the program with one line on
-    such a token, on one that training inputs lack, and on a split without inputs."""
+    """The different tokens of training inputs and their records, sorted. tokens: text -> its tokens; split: tokens of x
+    -> "train", "validation" or "test"; reserved: a pattern of tokens that are no file's. Ends the program with one line
+    on such a token, on one that training inputs lack, and on a split without inputs."""
     first = {"train": {}, "validation": {}, "test": {}}  # token -> the line it is first seen in
     for record in records:
         x = tokens(record.x)
@@ -80,13 +80,14 @@ def vocabulary(path, records, tokens, split, reserved):
             seen[token] = record.line
     for name, seen in first.items():
         if not seen:
-            fail(f"{path}: it has no {name} inputs; of {len({record.x for record in records})} different x, 85% are for "
-                 "training, 5% for validation, 10% for tests")
+            fail(f"{path}: it has no {name} inputs; of its {len({record.x for record in records})} different x, 85% are"
+                 " for training, 5% for validation, 10% for tests")
         for token, line in seen.items():
             if reserved.fullmatch(token):
                 fail(f"{path}, line {line}: the token {token} is reserved")
             if token not in first["train"]:
-                fail(f"{path}, line {line}: '{token}' is in no record of a training input, but in one of a {name} input")
+                fail(f"{path}, line {line}: no record of a training input has the token '{token}', but that of a "
+                     f"{name} input")
     return tuple(sorted(first["train"]))
 
 
@@ -98,7 +99,8 @@ def describe(records, vocab, tokens, split):
     different = [len({row.y for row in own}) for own in records.values()]
     print(f"{len(rows)} records of {len(records)} different x:",
           ", ".join(f"{splits.count(each)} for {each}" for each in ("train", "validation", "test")))
-    print(f"different y for one x: {min(different)} to {max(different)}, {sum(different) / len(rows):.2f} of the records")
+    print(f"different y for one x: {min(different)} to {max(different)}, {sum(different) / len(records):.1f} on "
+          "average")
     print(f"tokens of a record, special ones included: {min(lengths)} to {max(lengths)}, "
           f"{sum(lengths) / len(rows):.0f} on average; block_size is at least the largest")
     print(f"{len(vocab)} different tokens:", *vocab[:60], "..." * (len(vocab) > 60))

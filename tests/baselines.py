@@ -165,7 +165,8 @@ def export(cfg, n=20_000):
         x = task.sample_input(rng)
         (strategy,) = rng.choices(*zip(*task.mixture(x).items()))
         y = task.word(task.trace(x, strategy), rng)[0]
-        print(json.dumps({"x": " ".join(x), "y": " ".join(y), "strategy": strategy, "answer": " ".join(task.answer(x))}))
+        texts = {"x": x, "y": y, "answer": task.answer(x)}
+        print(json.dumps({key: " ".join(tokens) for key, tokens in texts.items()} | {"strategy": strategy}))
 
 
 if __name__ == "__main__":

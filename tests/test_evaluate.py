@@ -201,7 +201,8 @@ def test_exact_alignment_is_the_probability_that_forced_z_gives_its_strategy():
         metrics = evaluate.exact_alignment(p, there, matching, kinds)
         assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in {
             "exact_alignment": statistics.mean(want), "exact_full_coverage": statistics.mean(coverage),
-            "exact_alignment_error": statistics.stdev(want) / math.sqrt(5), "exact_alignment_a_b": (want[0] + want[3]) / 2,
+            "exact_alignment_error": statistics.stdev(want) / math.sqrt(5),
+            "exact_alignment_a_b": (want[0] + want[3]) / 2,
             "exact_alignment_c": (want[1] + want[2] + want[4]) / 3}.items()}
     assert evaluate.exact_alignment(p, there, matching, 5 * ["a"]).keys() == {
         "exact_alignment", "exact_alignment_error", "exact_full_coverage"}

@@ -358,9 +358,9 @@ def test_searches_go_on_until_all_agree(monkeypatch, odd, searches, made):
     called, x_index = [], torch.arange(6).repeat_interleave(torch.tensor([3, 3, 3, 3, 3, 2]))
 
     def fake(features, x_index, K, generator):
-        called.append((len(features), generator.initial_seed()))
-        found = features[:, 0].long()
-        return 0.0, F.one_hot(0 * found if called[-1][1] in odd and len(features) == 8 else found, K).float()
+        made, found = generator.initial_seed(), features[:, 0].long()
+        called.append((len(features), made))  # by several threads
+        return 0.0, F.one_hot(0 * found if made in odd and len(features) == 8 else found, K).float()
 
     monkeypatch.setattr(posterior, "search", fake)
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
@@ -527,7 +527,7 @@ def test_shares_are_those_of_the_samples_and_a_response_that_is_alone_is_labelle
     cluster 0. So 2 + 1 + 1 of 7 samples are of cluster 0. If K is not told it is that of the clusters."""
     clustered.K, q = 2, Posterior(trained[0], K, z_dim=z_dim)
     share, clusters = start(q, trained[1].rows(ROWS), TO_INPUTS, K)
-    assert clustered.told == (K, 8, 5) and clusters[1:] == (0.1, 0.75, 0.9)
+    assert clustered.told == (K, 8, 5) and clusters[1:] == (0.1, 4, 0.75, 0.9)
     assert clustered.x_index.tolist() == [0, 0, 0, 0] and clustered.features.shape == (4, 128)
     assert clusters.r.argmax(dim=1).tolist() == [0, 1, 0, 1]
     for kept, original in enumerate((0, 1, 2, 3, 0)):

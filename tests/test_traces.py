@@ -62,8 +62,8 @@ def ends(call):
 
 # ----------------------------------------------------------------------------------------------- reading
 def test_a_file_is_read_as_it_stands(tmp_path):
-    """Spaces between tokens count for nothing, empty lines neither; line numbers are those of the file; repeated records
-    stay; what is missing is None."""
+    """Spaces between tokens count for nothing, empty lines neither; line numbers are those of the file; repeated
+    records stay; what is missing is None."""
     text = '\n{"x": " 4  2", "y": "2 4\\t; ans", "strategy": "a b", "answer": "2  4"}\n\n{"x": "4 2", "y": "é"}\n' * 2
     want = [Record(2, "4 2", "2 4 ; ans", "a b", "2 4"), Record(4, "4 2", "é", None, None)]
     want += [Record(6, *want[0][1:]), Record(8, *want[1][1:])]
@@ -96,7 +96,8 @@ BROKEN = {  # content of line 300, or of the whole file -> what is said
     "tokens late": ('{"tokens": "chars"}', "line 300: unknown key 'tokens'"),
     "reserved": ('{"x": "100", "y": "1 <z1>"}', "line 300: the token <z1> is reserved"),
     "reserved x": ('{"x": "100 </x>", "y": "1"}', "line 300: the token </x> is reserved"),
-    "UTF-16": ('{"x": "1", "y": "2"}\n'.encode("utf-16"), "not UTF-8"), "latin-1": ('"é"'.encode("latin-1"), "not UTF-8"),
+    "UTF-16": ('{"x": "1", "y": "2"}\n'.encode("utf-16"), "not UTF-8"),
+    "latin-1": ('"é"'.encode("latin-1"), "not UTF-8"),
     "no header": (b'{"tokens": "words"}\n{"x": "1", "y": "2"}\n', "line 1: 'tokens' is"),
     "header and record": (b'{"tokens": "chars", "x": "1", "y": "2"}\n', "line 1: 'tokens' is"),
     "empty": (b"", "no train inputs"), "blank": (b"\n\n \n", "no train inputs"),
@@ -127,7 +128,7 @@ def test_a_token_that_training_never_saw_is_named_with_its_line(tmp_path):
     n = next(i for i, x in enumerate(INPUTS) if task.split(x.split()) == "test")
     rows[n]["y"] = "unseen"
     said = ends(lambda: traces_task(write(tmp_path / "a.jsonl", rows)))
-    assert f"line {n + 1}: 'unseen'" in said and "test input" in said
+    assert f"line {n + 1}: no record of a training input has the token 'unseen'" in said and "test input" in said
 
 
 def test_a_record_that_does_not_fit_is_named_with_its_line(tmp_path, rows, workplace):
@@ -166,7 +167,8 @@ def test_200_000_records_are_read_in_seconds(tmp_path):
     code = ("import resource, sys, tasks; task = tasks.traces_task(sys.argv[1]); "
             "print(len(task.records), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     before = os.times().children_user
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "many.jsonl")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "many.jsonl")], cwd=ROOT, capture_output=True,
+                          text=True)
     seconds = os.times().children_user - before
     found, kilobytes = map(int, done.stdout.split())
     assert found > 199_000 and seconds < 10 and kilobytes < 2 ** 20, (seconds, kilobytes)
@@ -175,7 +177,8 @@ def test_200_000_records_are_read_in_seconds(tmp_path):
 # ----------------------------------------------------------------------------------------------- the task
 def test_a_base_learns_the_records_as_they_are(small):
     """Inputs and solutions are drawn as often as they are in the file."""
-    task = traces_task(small({"y": "1 1", "strategy": "a"}, {"y": "1 1", "strategy": "a"}, {"y": "2"}, {"y": "3", "strategy": "b"}))
+    twice = {"y": "1 1", "strategy": "a"}
+    task = traces_task(small(twice, twice, {"y": "2"}, {"y": "3", "strategy": "b"}))
     rng, n = random.Random(0), 8000
     drawn = [(task.sample_input(rng, "train"), rng) for _ in range(n)]
     found = [task.solutions(x, rng) for x, rng in drawn]
@@ -200,8 +203,9 @@ def test_an_input_that_is_in_the_file_more_often_is_drawn_more_often(tmp_path):
 
 def test_a_solution_follows_the_strategy_whose_labelled_solution_it_is(small):
     """And no other: a y without a label, of another x, or with one token more follows none."""
-    task = traces_task(small({"y": "1 1", "strategy": "b"}, {"y": "1 2", "strategy": "b"}, {"y": "2 3", "strategy": "a"},
-                             {"y": "4", "answer": "9"}, {"y": "2 3", "strategy": "c"}, {"y": "1 1", "strategy": "b"}))
+    twice = {"y": "1 1", "strategy": "b"}
+    task = traces_task(small(twice, {"y": "1 2", "strategy": "b"}, {"y": "2 3", "strategy": "a"},
+                             {"y": "4", "answer": "9"}, {"y": "2 3", "strategy": "c"}, twice))
     x, typed = ["1", "0", "0"], ["7", "7", "7"]
     assert task.strategies == ("a", "b", "c") and task.kind(x) == "all"
     assert task.mixture(x) == {"a": 0.2, "b": 0.6, "c": 0.2} and task.mixture(typed) == {}
@@ -313,14 +317,14 @@ def test_the_weights_of_the_least_validation_loss_are_kept_and_overfitting_is_sa
         return {"nll": next(losses), "valid_trace_rate": 0.5}
 
     monkeypatch.setattr(train_base, "validate", validate)
-    cfg = config.load(train_base, [*BASE, "--task_sizes={'side': 8, 'max_distance': 3}", "--name=best", "--save_every=30"])
+    flags = [*BASE[:-1], "--task_sizes={'side': 8, 'max_distance': 3}", "--name=best", "--save_every=30"]
+    cfg = config.load(train_base, [*flags, "--overwrite=True"])
     train_base.train(cfg)
     kept = runs.load_checkpoint("out/best/ckpt.pt", "base")
     assert same(kept["model"], states[1]) and not same(kept["model"], states[3]) and kept["c_base"] == 9.0
     said = capsys.readouterr().out
     assert "rose from 2.000 after step 20 to 4.000" in said and "50% of its samples are no trace" in said
-    losses, again = iter([3.0, 2.0, 2.5]), config.load(train_base, [
-        *BASE[:-1], "--task_sizes={'side': 8, 'max_distance': 3}", "--name=best", "--save_every=30", "--resume=True"])
+    losses, again = iter([3.0, 2.0, 2.5]), config.load(train_base, [*flags, "--resume=True"])
     with pytest.raises((StopIteration, RuntimeError)):
         train_base.train(cfg)
     losses = iter([4.0, 9.0, 9.0])
@@ -332,7 +336,8 @@ def test_what_a_file_holds_is_printed(tmp_path, rows):
     path = write(tmp_path / "a.jsonl", rows)
     code, out, err = program("tasks.py", path, cwd=tmp_path)
     lines = out.splitlines()
-    assert code == 0 and not err and lines[0].startswith(f"1500 records of {len({row['x'] for row in rows})} different x")
+    inputs = {row["x"] for row in rows}
+    assert code == 0 and not err and lines[0].startswith(f"1500 records of {len(inputs)} different x")
     labels = Counter(row["strategy"] for row in rows)
     assert all(f"{s} ({labels[s]})" in out for s in labels) and len([line for line in lines if "x = " in line]) == 3
     longest = max(len(row["x"].split()) + len(row["y"].split()) + 6 for row in rows)
@@ -345,4 +350,5 @@ def test_the_shipped_file_is_what_its_licence_note_says():
     assert task.strategies == ("bubble_sort", "heapsort", "insertion_sort", "quicksort")
     assert len(task.records) == 6000 and sum(map(len, task.records.values())) == 24000
     for x, records in list(task.records.items())[:200]:
-        assert all(record.answer.split() == sorted(x.split()) and record.y.endswith(record.answer) for record in records)
+        assert {record.answer for record in records} == {" ".join(sorted(x.split()))}
+        assert all(record.y.endswith(record.answer) for record in records)
