@@ -2,6 +2,7 @@
 
     python tests/bench.py                             # about 11 minutes; tests/tables.py reads what it writes
     python tests/bench.py configs/grid_discrete.py    # another run, with a trained base, in the rows about factorizing
+    python tests/bench.py optimizer                   # a step of Muon in float32, as here, and in bfloat16
     python tests/bench.py profile                     # where the time goes, operation by operation
     python tests/bench.py steps ../other out/grid_base/ckpt.pt    # seconds a step, beside another checkout's
 
@@ -37,6 +38,7 @@ sys.path.insert(0, ROOT)
 import factorize
 import train_base
 from harness import config, parallel
+from harness.optim import make_optimizers, update
 from harness.parallel import in_threads
 from harness.runs import current_commit, write_json
 from model import GPT, GPTConfig, Pairs, as_pairs, sample_in_batches
@@ -237,6 +239,28 @@ def bench_base(size, rows):
     rows[f"torch.compile, {size}: not compiled"] = row(seconds["torch.compile"], ours, "", "records/s", n)
 
 
+def bench_optimizer():
+    """The optimizers' step beside the same with Muon as torch has it, and beside a step's gradient of a sorting base."""
+    cfg = config.load(train_base, [os.path.join(ROOT, "configs", "sorting_base.py")])
+    pairs, weights = train_base.training_batch(TASK, TOKENIZER, cfg, 0)
+    models = [GPT(GPTConfig(len(TOKENIZER))) for _ in range(2)]
+    optimizers = [make_optimizers(model, cfg) for model in models]
+    gradients = train_base.gradient(models[0], pairs, weights, CHUNKS)[1]
+    for parameter, gradient in zip(models[1].parameters(), gradients):
+        parameter.grad = gradient
+
+    seconds = side_by_side({
+        "ours": lambda: update(optimizers[0], list(models[0].parameters()), gradients),
+        "bfloat16": lambda: in_threads(lambda optimizer: optimizer.step(), optimizers[1]) and None,
+        "gradient": lambda: train_base.gradient(models[0], pairs, weights, CHUNKS) and None}, 4 * ROUNDS)
+    rows = {f"optimizers' step, {SMALL}: Muon in bfloat16": row(seconds["ours"], seconds["bfloat16"], ""),
+            f"optimizers' step, {SMALL}: gradient of a batch of sorting's base": row(
+                seconds["ours"], seconds["gradient"], "")}
+    result = {"machine": machine(), "commit": current_commit(), "rows": rows}
+    write_json(os.path.join(ROOT, "assets", "results", "optimizer.json"), result)
+    print(bench_table(result))
+
+
 def elbo_gradient(model, q, batch, cfg, c_base=1.0):
     """The gradient of factorize.py in its last stage, with what is prepared for it; returns how many records go through
     a model: K a pair through the generator, and one, without gradient, through the posterior."""
@@ -400,7 +424,7 @@ def profile(path="configs/sorting_discrete.py"):
 def machine():
     with open("/proc/cpuinfo") as f:
         cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": THREADS, "torch": torch.__version__,
+    return {"cpu": cpu, "instructions": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(), "threads": THREADS, "torch": torch.__version__,
             "transformers": transformers and transformers.__version__}
 
 
@@ -421,6 +445,8 @@ if __name__ == "__main__":
     parallel.start(THREADS, "cpu")
     if sys.argv[1:2] == ["profile"]:
         profile(*sys.argv[2:])
+    elif sys.argv[1:2] == ["optimizer"]:
+        bench_optimizer()
     elif sys.argv[1:2] == ["memory"]:
         print_memory(*map(int, sys.argv[2:]))
     elif sys.argv[1:2] == ["steps"]:

@@ -245,10 +245,10 @@ def faults_table():
     return table(["fault", "times", "lost"], [[name, str(times), "nothing"] for name, times in tried.items()])
 
 
-def bench_table(result=None):
+def bench_table(result=None, name="bench"):
     """The result of tests/bench.py; a row's name is 'what was measured: what it was measured against'."""
     if result is None:
-        with open(os.path.join(ROOT, "assets", "results", "bench.json")) as f:
+        with open(os.path.join(ROOT, "assets", "results", f"{name}.json")) as f:
             result = json.load(f)
 
     def number(value):
@@ -288,7 +288,7 @@ def without(keys):
 
 
 TABLES = {"front": front_table, "rewrite": rewrite_table, "faults": faults_table, "bench": bench_table,
-          "steps": steps_table, "profile": profile_table, "base": base_table, "clusters": clusters_table,
+          "steps": steps_table, "optimizer": lambda: bench_table(name="optimizer"), "profile": profile_table, "base": base_table, "clusters": clusters_table,
           "shares": shares_table, "variants": variants_table, "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
