@@ -258,7 +258,8 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     if model.config.z_dim:
         metrics = continuous_fidelity(model, pairs, posterior, p, seed)
     else:
-        metrics = discrete_fidelity(model, pairs, posterior, p, labels, len(task.strategies))
+        S = len(task.strategies) if (labels >= 0).any() else 0
+        metrics = discrete_fidelity(model, pairs, posterior, p, labels, S)
     base_nll, nll = pairs.b.sum(dim=1), metrics.pop("nll")
     valid = labels >= 0
     metrics |= {"nll": nll.mean().item(), "base_nll": base_nll.mean().item(),
@@ -398,7 +399,7 @@ def evaluate(folder, seed=0):
     n = 4 * min(cfg["eval_inputs"], 10 * len(xs))
     likelihood, labels, posterior = held_out(model, q, base, task, tokenizer, xs, n, checkpoint["base"]["c_base"], seed)
     metrics |= router_metrics | likelihood
-    if D and task.strategies:
+    if D and all(map(task.mixture, xs)):
         metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
     if not D:
         logp_z = router(model, tokenizer, xs)
