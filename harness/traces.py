@@ -56,7 +56,7 @@ def problem_of(entry):
     if not isinstance(entry, dict):
         return "a record is an object such as {\"x\": \"1 2\", \"y\": \"2 1\"}"
     if unknown := set(entry) - set(Record._fields[1:]):
-        return f"unknown key '{min(unknown)}'; known: {', '.join(Record._fields[1:])}, and tokens in line 1"
+        return f"unknown key {min(unknown)!r}; known: {', '.join(Record._fields[1:])}, and tokens in line 1"
     for key in Record._fields[1:]:
         value = entry.get(key)
         if value is None and key in ("x", "y"):

@@ -4,12 +4,14 @@
     python tests/fuzz.py 40 --write    # the same, and adds them to assets/results/faults.json
 
 Up to three keys of a short run, of the base or of a factorization with either kind of z, take a value that their type
-allows, sensible or not. Then evaluate.py is asked about ten inputs a run, made of random characters. For every fourth
-run a short one is started from an odd shell: with an odd environment, with streams closed, from another folder.
+allows, sensible or not. Then evaluate.py is asked about ten inputs a run, made of random characters, and ten files of
+traces a run are read, with pieces lost, moved and inserted. For every fourth run a short one is started from an odd
+shell: with an odd environment, with streams closed, from another folder.
 """
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import random
 import shutil
@@ -25,6 +27,7 @@ import factorize
 import train_base
 from harness import config
 from kill import note
+from tasks import traces_task
 
 FACTORIZATION = ["--steps=4", "--eval_every=2", "--cluster_inputs=12", "--cluster_searches=1",
                  "--pool_size=32", "--eval_inputs=3", "--validation_inputs=2"]
@@ -83,6 +86,31 @@ def odd_shell(rng):
     assert not done.returncode or len(lines) == 1 and lines[0].startswith("error: "), (command, done.stderr)
 
 
+def spoil(content, rng):
+    """A file's bytes with up to three pieces lost, doubled, moved to another place, or replaced by what JSON means
+    something by."""
+    for _ in range(rng.randint(1, 3)):
+        a, b = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+        b, at = min(b, a + rng.choice((1, 3, 200))), rng.randrange(len(content) + 1)
+        piece = rng.choice((b"", 2 * content[a:b], b'"', b"{", b"null", b"\n", b"\xff", b"\0", b"<y>",
+                            b"\\u0000", b" ", b"1e999"))
+        content = content[:a] + piece + content[b:]
+        content = content[:at] + rng.choice((b"", content[a:b])) + content[at:]
+    return content
+
+
+def read_spoilt_traces(rng):
+    xs = [" ".join(str(n)) for n in range(100, 200)]
+    rows = [{"x": x, "y": f"{x} ; ans", "strategy": "a", "answer": "ans"} for x in xs]
+    content = spoil("".join(json.dumps(row) + "\n" for row in rows).encode(), rng)
+    with open("spoilt.jsonl", "wb") as f:
+        f.write(content)
+    try:
+        traces_task("spoilt.jsonl")
+    except SystemExit as exit:
+        assert isinstance(exit.code, str) and "\n" not in exit.code and "spoilt.jsonl" in exit.code, exit.code
+
+
 def main(n, write):
     rng, told = random.Random(0), 0
     with tempfile.TemporaryDirectory() as folder:
@@ -110,13 +138,16 @@ def main(n, write):
                 evaluate.typed_input(asked, text)
             except SystemExit as exit:
                 assert isinstance(exit.code, str), exit.code
+        for _ in range(10 * n):
+            read_spoilt_traces(rng)
         for _ in range(n // 4):
             for folder in ("out/odd", "elsewhere/out/odd"):  # what was a base's may not be a factorization's
                 shutil.rmtree(folder, ignore_errors=True)
             odd_shell(rng)
         os.chdir(ROOT)
     if write:
-        note({"random values in a config": n, "random text as an input": 10 * n, "odd shells": n // 4})
+        note({"random values in a config": n, "random text as an input": 10 * n,
+              "spoilt files of traces": 10 * n, "odd shells": n // 4})
     print(f"{n - told} runs ended well, {told} in one line")
 
 
