@@ -752,7 +752,8 @@ def test_the_labels_are_balanced_by_the_shares_of_the_clusters(workplace, monkey
     assert all(torch.equal(each, share) for each in of_labels + of_batches)
     known = load("shares")["clusters"]
     assert known.pop("cluster_shares") == pytest.approx([0.6, 0.3, 0.1])
-    assert known == {"cluster_collisions": 0.01, "cluster_agreement": 0.75, "cluster_halves": 0.98}
+    assert known == {"cluster_collisions": 0.01, "cluster_searches": 1, "cluster_agreement": 0.75,
+                     "cluster_halves": 0.98}
     assert load("shares")["clusters"].items() <= evaluate.evaluate("out/shares").items()
     run("shares", "--cluster_inputs=0", "--n_latents=4")
     assert all(each.tolist() == 4 * [0.25] for each in of_labels[4:]) and len(of_labels) == 8
@@ -789,8 +790,8 @@ def test_clusters_that_halves_of_the_inputs_do_not_confirm_are_warned_of(workpla
     run("doubtful", "--steps=1", "--eval_every=1")
     out = capsys.readouterr().out
     assert ("doubtful: clusters that half of the inputs do not confirm are not to be trusted" in out) == warned
-    assert (f"doubtful: 3 clusters with shares 0.50, 0.30, 0.20; 1.2% of the responses collide, 50% of the searches "
-            f"agree, halves of the inputs on {halves:.1%}" in out)
+    assert (f"doubtful: 3 clusters with shares 0.50, 0.30, 0.20; 1.2% of the responses collide, 50% of 1 "
+            f"searches agree, halves of the inputs on {halves:.1%}" in out)
 
 
 def test_a_learning_rate_rises_and_then_falls_to_zero_from_a_peak_of_its_own():
@@ -836,7 +837,7 @@ def test_a_run_folder_is_evaluated_on_its_own(reference, workplace):
         for name in ("metrics.json", "result.json", "matching.png", "router.png", "traces.png", "training.png"):
             assert os.path.getsize(f"out/moved/{name}") > 0
         with open("out/moved/result.json") as f:
-            assert set(json.load(f)) == {"config", "seed", "commit", "versions", "base", "metrics"}
+            assert set(json.load(f)) == {"config", "seed", "commit", "evaluated_by", "versions", "base", "metrics"}
         assert sum(found.pop("cluster_shares")) == pytest.approx(1)
         assert all(math.isfinite(value) for value in found.values())
         assert found["nll"] > 0
@@ -856,8 +857,9 @@ def test_a_continuous_run_is_evaluated_and_shown(continuous, capsys, monkeypatch
     out = capsys.readouterr().out
     assert "z of right-first: " in out and "z of down-first: " in out
     monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: None)
-    with pytest.raises(SystemExit, match="nothing to show"):
-        evaluate.main(["out/continuous", "--show=1"])
+    evaluate.main(["out/continuous", "--show=1"])  # the middle of each cell, where no z gives a strategy
+    out = capsys.readouterr().out
+    assert all(f"cell {k}: no strategy" in out for k in (1, 2, 3))
 
 
 def test_a_latent_in_one_dimension_is_drawn_too(tmp_path):
@@ -945,7 +947,7 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["factorize.py", "configs/tiny_discrete.py", "--n_latents=0", "--cluster_inputs=0"], "nothing finds it"),
     (["factorize.py", "configs/tiny_discrete.py", "--batch_size=0"], "'batch_size' must be at least 1"),
     (["factorize.py", "configs/tiny_discrete.py", "--posterior=half"], "'linear' or 'full'"),
-    (["train_base.py", "configs/tiny_base.py", "--task=sort"], "unknown task 'sort'"),
+    (["train_base.py", "configs/tiny_base.py", "--task=sort"], "no known task, 'sort'"),
     (["train_base.py", "configs/tiny_base.py", "--strategy_weights=[1.0]"], "takes 3 weights"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'sides': 3}"], "task_sizes"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 1}"], "no train input on which all"),
@@ -1237,7 +1239,7 @@ def test_a_base_that_is_not_finished_is_told_apart_from_one_that_is_missing(work
 def test_a_base_that_is_not_finished_goes_on_before_it_is_factorized(workplace, monkeypatch, tmp_path):
     path = tmp_path / "begun_base.py"
     with open("configs/tiny_base.py") as f:
-        path.write_text(f.read() + "steps = 4\nfinal_eval_size = 8\n")
+        path.write_text(f.read() + "steps = 4\neval_size = 8\nfinal_eval_size = 8\n")
     interrupt(monkeypatch, train_base.train, config.load(train_base, [str(path)]), step=2)
     run("of_begun", f"--base={path}", "--resume=True")
     log = read_log("begun_base")
@@ -1407,6 +1409,6 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(workplace, monkeypatch)
         assert open("out/disk/ckpt.pt", "rb").read() == before
         assert not [name for name in os.listdir("out/disk") if name.endswith(".tmp") or name == "state.pt"]
     monkeypatch.setattr(runs.Run, "log", full)
-    with pytest.raises(SystemExit, match="disk: .*No space left on device; the last saved state is as it was"):
+    with pytest.raises(SystemExit, match="disk: .*No space left on device; what was saved before is as it was"):
         run("disk")
     assert open("out/disk/ckpt.pt", "rb").read() == before
