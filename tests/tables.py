@@ -221,6 +221,20 @@ def shares_table():
                   "information, base", "information, router", "TV per input", "NLL gap", "NLL gap, mean router"], rows)
 
 
+def traces_table():
+    """Runs on files of traces, and what their bases are like."""
+    rows, bases = [], {name: result["metrics"] for name, result in results("traces/*_base_seed*.json").items()}
+    for name, result in results("traces/*_discrete_seed*.json").items():
+        m, base = result["metrics"], bases[name.split("_discrete")[0] + "_base_seed0"]
+        keys = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "consistency")
+        rows.append([name.replace("_seed", ", seed "), f"{base['valid_trace_rate']:.3f}", f"{m['cluster_halves']:.1%}",
+                     *(f"{m[key]:.3f}" for key in keys),
+                     f"{m['exact_alignment']:.3f} ± {m['exact_alignment_error']:.3f}",
+                     f"{round(m['nll'] - m['base_nll'], 3) + 0.0:.3f}", f"{base['minutes']:.0f} + {m['minutes']:.0f}"])
+    return table(["run", "valid traces of the base", "halves agree", "alignment", "full coverage", "consistency",
+                  "exact alignment, standard error", "NLL gap", "minutes, base + run"], rows)
+
+
 def draw_alignment_against_coverage(path):
     """Every discrete run, a point: on the diagonal, a latent means the same for every x; below it, latents swap."""
     from harness import figures
@@ -288,8 +302,9 @@ def without(keys):
 
 
 TABLES = {"front": front_table, "rewrite": rewrite_table, "faults": faults_table, "bench": bench_table,
-          "steps": steps_table, "optimizer": lambda: bench_table(name="optimizer"), "profile": profile_table, "base": base_table, "clusters": clusters_table,
-          "shares": shares_table, "variants": variants_table, "two_tasks": two_tasks_table,
+          "steps": steps_table, "optimizer": lambda: bench_table(name="optimizer"), "profile": profile_table,
+          "base": base_table, "clusters": clusters_table, "shares": shares_table, "traces": traces_table,
+          "variants": variants_table, "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
           "cuda": lambda: runs_table(results("cuda/*_discrete_*.json"), {key: COLUMNS[key] for key in CUDA_KEYS}),
