@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import losses
 from harness import figures, parallel, runs
-from harness.config import drop_stdout, fail
+from harness.config import any_terminal, drop_stdout, fail
 from harness.parallel import seeded
 from model import (GPT, GPTConfig, as_pairs, gaussian, in_chunks, log_likelihood, sample_pairs, score_base,
                    score_router)
@@ -30,9 +30,13 @@ from train_base import build_base, check_lengths, sample_ys, score_answers
 SAMPLES = 16  # z of the router for every x, where z is continuous
 
 
-def different_inputs(task, n, split):
-    """Up to n different inputs, the same ones on every call; fewer where the task has no more."""
+def different_inputs(task, n, split, labelled=False):
+    """Up to n different inputs, the same ones on every call; fewer where the task has no more. labelled: of a file,
+    those for which it labels a solution."""
     rng, found, in_vain = random.Random("inputs"), {}, 0
+    if task.records is not None:
+        xs = [x for x in map(task.tokens, task.records) if task.split(x) == split]
+        return [x for x in rng.sample(xs, len(xs)) if task.mixture(x) or not labelled][:n]
     while len(found) < n and in_vain < 10 * len(found) + 100:
         x = task.sample_input(rng, split)
         in_vain = in_vain + 1 if tuple(x) in found else 0
@@ -129,9 +133,9 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
 
 @torch.no_grad()
 def strategy_probabilities(model, base, task, tokenizer, xs):
-    """The probability of the trace of every strategy on every x, in all its wordings, not sampled: p(y|x) of the base
-    (N, S) and p(y|x,z) of the generator (K, N, S), 0 for a strategy that the data does not have there; and how many
-    strategies leave that trace (N, S)."""
+    """The probability of the trace of every strategy on every x, in all its wordings, or of all y that a file labels
+    so, not sampled: p(y|x) of the base and p(y|x,z) of the generator under every z, (1 + K, N, S), 0 for a strategy that
+    the data does not have there. Twice: as it is, and with equal parts of a trace for strategies that coincide."""
     traces = [[(s, y) for s, y in task.traces(x) if s] for x in xs]
     place = [(i, task.strategies.index(s)) for i, own in enumerate(traces) for s, _ in own]
     nats = torch.tensor([task.word(y, random.Random(0))[1] for own in traces for _, y in own])
@@ -141,11 +145,10 @@ def strategy_probabilities(model, base, task, tokenizer, xs):
     pairs = as_pairs(records, [len(tokenizer.prompt(xs[i])) for i, _ in place])
     log_base = in_chunks(lambda chunk: -score_base(base, chunk).sum(dim=1, keepdim=True), pairs)
     p = torch.cat((log_base, log_likelihood(model, pairs)), dim=1).add(nats[:, None]).exp()  # (traces, 1 + K)
-    cell = torch.tensor([i * len(task.strategies) + s for i, s in place])
     N, S = len(xs), len(task.strategies)
-    found = torch.zeros(N * S, p.shape[1] + 1).index_add_(0, cell, torch.cat((p, alike), dim=1))
-    base_p, *of_z, alike = found.T.reshape(-1, N, S)
-    return base_p, torch.stack(of_z), alike
+    found = torch.zeros(N * S, 2 * p.shape[1])
+    found.index_add_(0, torch.tensor([i * S + s for i, s in place]), torch.cat((p, p / alike), dim=1))
+    return found.T.reshape(2, -1, N, S)
 
 
 def exact_alignment(p, there, matching, kinds):
@@ -156,7 +159,7 @@ def exact_alignment(p, there, matching, kinds):
     for z, s in enumerate(matching):
         if s is not None:
             own[:, s] = p[z, :, s]
-    left_over = max(0, len(matching) - own.shape[1])
+    left_over = max(0, len(matching) - int(there.any(dim=0).sum()))
     alignment = (own * there).sum(dim=1) / (there.sum(dim=1) + left_over)
     by_kind = {kind: [i for i, each in enumerate(kinds) if each == kind] for kind in sorted(set(kinds))}
     return {"exact_alignment": alignment.mean().item(),
@@ -168,12 +171,11 @@ def exact_alignment(p, there, matching, kinds):
 
 def not_sampled(model, base, task, tokenizer, xs, logp_z, matching):
     """What `exact_alignment` and `router_at_work` say, from log p(z|x) (N, K) and the probabilities of all traces."""
-    kinds = list(map(task.kind, xs))
-    p_base, p_of_z, alike = strategy_probabilities(model, base, task, tokenizer, xs)
-    shared = alike.clamp(min=1)  # strategies that coincide have equal parts of their trace
-    p_model = torch.einsum("nk,kns->ns", logp_z.exp(), p_of_z)
-    at_work, *by_kind = router_at_work(logp_z, p_model / shared, p_base / shared, kinds)
-    return at_work | exact_alignment(p_of_z, alike > 0, matching, kinds), *by_kind
+    kinds, there = list(map(task.kind, xs)), torch.tensor([[s in task.mixture(x) for s in task.strategies] for x in xs])
+    p, parts = strategy_probabilities(model, base, task, tokenizer, xs)
+    p_model = torch.einsum("nk,kns->ns", logp_z.exp(), parts[1:])
+    at_work, *by_kind = router_at_work(logp_z, p_model, parts[0], kinds)
+    return at_work | exact_alignment(p[1:], there, matching, kinds), *by_kind
 
 
 def router_at_work(logp_z, p_model, p_base, kinds):
@@ -182,12 +184,13 @@ def router_at_work(logp_z, p_model, p_base, kinds):
     (metrics, names of the kinds, p(z|kind), p(strategy|kind))."""
     names = sorted(set(kinds))
     of_kind = F.one_hot(torch.tensor([names.index(kind) for kind in kinds]), len(names)).float()  # (N, kinds)
-    p_z, p_s = logp_z.exp(), p_base / p_base.sum(dim=1, keepdim=True)
+    p_z, p_s = logp_z.exp(), p_base / p_base.sum(dim=1, keepdim=True).clamp(min=1e-30)
     router, base = ((of_kind / of_kind.sum(dim=0)).T @ p for p in (p_z, p_s))
     with_none = [torch.cat((p, 1 - p.sum(dim=1, keepdim=True)), dim=1) for p in (p_base, p_model)]
-    metrics = {"base_kind_information": information(of_kind @ base),
-               "router_kind_information": information(of_kind @ router),
-               "strategy_total_variation_per_input": torch.sub(*with_none).abs().sum(dim=1).mean().item() / 2}
+    metrics = {"strategy_total_variation_per_input": torch.sub(*with_none).abs().sum(dim=1).mean().item() / 2}
+    if len(names) > 1:
+        metrics |= {"base_kind_information": information(of_kind @ base),
+                    "router_kind_information": information(of_kind @ router)}
     return metrics, names, router, base
 
 
@@ -258,8 +261,8 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     if model.config.z_dim:
         metrics = continuous_fidelity(model, pairs, posterior, p, seed)
     else:
-        S = len(task.strategies) if (labels >= 0).any() else 0
-        metrics = discrete_fidelity(model, pairs, posterior, p, labels, S)
+        there = torch.tensor([len(task.mixture(x)) > 0 for x in xs])
+        metrics = discrete_fidelity(model, pairs, posterior, p, labels, there, len(task.strategies))
     base_nll, nll = pairs.b.sum(dim=1), metrics.pop("nll")
     valid = labels >= 0
     metrics |= {"nll": nll.mean().item(), "base_nll": base_nll.mean().item(),
@@ -269,17 +272,17 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     return metrics, labels, posterior
 
 
-def discrete_fidelity(model, pairs, logq, logp_z, labels, S):
+def discrete_fidelity(model, pairs, logq, logp_z, labels, there, S):
     logp_y, n = log_likelihood(model, pairs), len(pairs.ids)  # (n, K)
     mean_router = logp_z.logsumexp(dim=0) - math.log(n)
     marginal_q, entropy = logq.logsumexp(dim=0) - math.log(n), losses.posterior_entropy(logq).mean()
     choice = F.one_hot(logq.argmax(dim=1), logq.shape[1]).float()
-    joint = choice.T @ F.one_hot(labels + 1, S + 1)[:, 1:].float() / n
+    joint = choice.T @ F.one_hot(labels + 1, S + 1)[:, 1:].float() / there.sum().clamp(min=1)
     return {"nll": -(logp_z + logp_y).logsumexp(dim=1),
             "nll_of_mean_router": -(mean_router + logp_y).logsumexp(dim=1).mean().item(),
             "reconstruction": losses.reconstruction(logp_y, logq).mean().item(),
             "kl": losses.categorical_kl(logq, logp_z).mean().item(),
-            **({"posterior_alignment": one_to_one_matching(joint)[0]} if S else {}),
+            **({"posterior_alignment": one_to_one_matching(joint)[0]} if there.any() else {}),
             "posterior_entropy": entropy.item(),
             "posterior_mutual_information": (-(marginal_q.exp() * marginal_q).sum() - entropy).item()}
 
@@ -350,12 +353,13 @@ def strategies_of(task, tokenizer, pairs):
 def one_to_one_matching(C):
     """C (K, S) -> (score, matching): the largest sum of C[z, matching[z]] over matchings in which no column serves two
     rows; matching[z] is None for a row left over where K > S. Exact: for every set of columns, as the bits of a number,
-    the best way to serve them by the rows so far."""
+    the best way to serve them by the rows so far. A row needs no more columns than its K best: others take K - 1."""
     best = {0: (0.0, [])}
     for row in C.tolist():
         before, best = best, {}
+        columns = sorted(range(len(row)), key=lambda s: -row[s])[:len(C)]
         for used, (total, matching) in before.items():
-            for s, value in [(None, 0.0), *enumerate(row)]:
+            for s, value in [(None, 0.0), *((s, row[s]) for s in columns)]:
                 bit = 0 if s is None else 1 << s
                 if not used & bit and total + value > best.get(used | bit, (-1,))[0]:
                     best[used | bit] = (total + value, [*matching, s])
@@ -392,42 +396,41 @@ def evaluate(folder, seed=0):
     checkpoint, base, task, tokenizer, model, q = run = load_run(folder)
     cfg, D = checkpoint["config"], model.config.z_dim
     xs = different_inputs(task, cfg["eval_inputs"], "test")
-    xs = [x for x in xs if task.mixture(x)] or xs  # those of a file that have labels, if any
-    metrics, C = ({}, None) if D else controlled(model, task, tokenizer, xs, seed)
+    named = different_inputs(task, cfg["eval_inputs"], "test", labelled=True)  # but of some files the same
+    metrics, C = ({}, None) if D else controlled(model, task, tokenizer, named or xs, seed)
     samples = SAMPLES if D else max(cfg["eval_samples"], model.config.n_latents)
     router_metrics, shares, base_shares, z, found = against_base(model, base, task, tokenizer, xs, samples, seed)
     n = 4 * min(cfg["eval_inputs"], 10 * len(xs))
     likelihood, labels, posterior = held_out(model, q, base, task, tokenizer, xs, n, checkpoint["base"]["c_base"], seed)
     metrics |= router_metrics | likelihood
-    if D and all(map(task.mixture, xs)):
+    if D and named == xs:
         metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
     if not D:
-        logp_z = router(model, tokenizer, xs)
         metrics |= without_labels(model, q, base, task, tokenizer, xs, seed)
-        metrics["router_information"] = information(logp_z.exp())
+        metrics["router_information"] = information(router(model, tokenizer, xs).exp())
     if C is not None:
         matching = one_to_one_matching(C)[1]
-        exact, *by_kind = not_sampled(model, base, task, tokenizer, xs, logp_z, matching)
+        exact, *by_kind = not_sampled(model, base, task, tokenizer, named, router(model, tokenizer, named), matching)
         metrics |= exact
     metrics |= {key: value for key, value in checkpoint["last_log"].items() if key.startswith("loss_fraction_")}
     metrics |= checkpoint["clusters"] | {"test_inputs": len(xs), "minutes": checkpoint["minutes"]}
     made_with = checkpoint["made_with"] | {"evaluated_by": runs.current_commit(), "base": checkpoint["base"]["config"]}
     runs.write_result(folder, cfg, made_with, metrics)
-    named = [f"{s}\nrouter {share:.0%}, base {base_share:.0%}"  # shares of the samples of either
-             for s, share, base_share in zip(task.strategies, shares, base_shares)]
+    titles = [f"{s}\nrouter {share:.0%}, base {base_share:.0%}"  # shares of the samples of either
+              for s, share, base_share in zip(task.strategies, shares, base_shares)]
     log = runs.read_log(folder)
     if log and log[-1]["minutes"] == checkpoint["last_log"]["minutes"]:
         figures.draw_training(log, os.path.join(folder, "training.png"))
     else:
         print(f"no training.png: {folder}/log.jsonl is of another run than ckpt.pt")
     if D:
-        figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), named,
+        figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), titles,
                                   os.path.join(folder, "latent_space.png"))
     else:
         figures.draw_traces(task.text(xs[0]), *sample_traces(run, xs[0], seed), task.strategies,
                             os.path.join(folder, "traces.png"))
     if C is not None:
-        figures.draw_matching(C, matching, named, os.path.join(folder, "matching.png"))
+        figures.draw_matching(C, matching, titles, os.path.join(folder, "matching.png"))
         figures.draw_router(*by_kind, matching, task.strategies, os.path.join(folder, "router.png"))
     for name in SHOWN:
         if name in metrics:
@@ -436,19 +439,23 @@ def evaluate(folder, seed=0):
         meanings = [f"<z{k + 1}> {'none' if s is None else f'{task.strategies[s]} ({C[k, s]:.2f})'}"
                     for k, s in enumerate(matching)]
         print("z and the strategy it means:", ", ".join(meanings))
-    if C is not None and task.records is not None:
-        print("z and the strategy that most of its y are nearest to:",
-              ", ".join(f"<z{k + 1}> {s}" for k, s in enumerate(nearest(model, task, tokenizer, xs, seed))))
+    if C is not None and named != xs:
+        print("z and the strategy whose labelled y its y are nearest to:",
+              ", ".join(f"<z{k + 1}> {s}" for k, s in enumerate(nearest(model, task, tokenizer, named, seed))))
     print(f"wrote {folder}/metrics.json and the figures beside it", flush=True)
     return metrics
 
 
 def nearest(model, task, tokenizer, xs, seed):
-    """For every z the strategy whose labelled y most of its y are nearest to: for files in which few y have labels."""
-    K = model.config.n_latents
+    """For every z the strategy of whose labelled y its y have the largest part, on average over the x that it labels:
+    for files in which few y have labels."""
+    K, part = model.config.n_latents, {s: [] for s in task.strategies}
     ys = sample_ys(model, tokenizer, [tokenizer.prompt(x, k) for x in xs for k in range(K)], seeded(seed))
-    names = [task.nearest_strategy(xs[i // K], y) for i, y in enumerate(ys)]
-    return [max(set(names[k::K]), key=names[k::K].count) for k in range(K)]
+    for x, i in zip(xs, range(0, len(ys), K)):
+        for s in task.mixture(x):
+            part[s].append([task.nearness(x, y, s) for y in ys[i:i + K]])
+    mean = {s: torch.tensor(rows).mean(dim=0) for s, rows in part.items() if rows}  # strategy -> (K,)
+    return [max(mean, key=lambda s: mean[s][k]) for k in range(K)]
 
 
 def sample_traces(run, x, seed):
@@ -485,7 +492,7 @@ def show(run, xs):
         ys = sample_ys(model, tokenizer, prompts, seeded(0), temperature=0, z=z)
         p_base = known_to_base(base, task, len(ys) * [x], ys).b.sum(dim=1).neg().exp().tolist()
         found = [followed(task, x, y) for y in ys]
-        columns = [[f"{name} {strategy}", f"p(y|x) of the base: {p:.3f}", *trace_lines(task, y)]
+        columns = [[f"{name} {strategy}", f"p(y|x) of the base: {p:.3g}", *trace_lines(task, y)]
                    for name, strategy, p, y in zip(names, found, p_base, ys)]
         widths = [max(map(len, column)) for column in columns]
         print(f"\nx = {task.text(x)}")
@@ -496,9 +503,10 @@ def show(run, xs):
 def followed(task, x, y):
     if strategy := task.attribute(x, y):
         return strategy
-    if nearest := task.nearest_strategy(x, y):
-        return f"no strategy (nearest: {nearest})"
-    return "in the file" if task.is_trace(x, y) else "not in the file"
+    if task.is_trace(x, y):
+        return "in the file, without a label"
+    nearest = task.nearest_strategy(x, y)
+    return f"no strategy (nearest: {nearest})" if nearest else "not in the file"
 
 
 def typed_input(run, text):
@@ -508,6 +516,8 @@ def typed_input(run, text):
         x = tokenizer.split(text, task.tokens)
     except ValueError as e:
         fail(f"--x: {e}")
+    if not x or len(tokenizer.prompt(x)) >= run[4].config.block_size:
+        fail(f"--x: of 1 to {run[4].config.block_size - 5} tokens, got {len(x)}")
     problem = task.check(x) or (None if task.is_valid_input(x) else "some of its strategies coincide on it")
     if problem:
         fail(f"--x: '{text}' is no input of {task.name}: {problem}")
@@ -537,6 +547,7 @@ def answer(argv):
 
 def main(argv):
     try:
+        any_terminal()
         answer(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough, such as `| head`

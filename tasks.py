@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 
 from harness import traces
+from harness.config import any_terminal
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<x>", "</x>", "<z>", "</z>", "<y>", "</y>", "<z_empty>")
 PAD, BOS, EOS, X, X_END, Z, Z_END, Y, Y_END, Z_EMPTY = range(len(SPECIALS))
@@ -95,6 +96,7 @@ class Task:
     draw_any: Callable | None = None  # what draws inputs if they are not left out; default: draw
     records: dict | None = None  # of a file of traces (`traces_task`): the text of x -> its harness.traces.Record
     tokens: Callable = str.split  # text -> its tokens
+    data: int | None = None  # of a file: a sum over all x and y, which labels do not change
 
     strategies = property(lambda self: tuple(self.steps))
     solutions_each = property(lambda self: len(self.steps) if self.records is None else 1)  # of `solutions`, at most
@@ -215,11 +217,18 @@ class Task:
         """Diagnostic: the strategy whose trace shares the longest prefix with y (the first of equals); None where no
         trace of x has one."""
         y = self.canonical(y)
+        return max(((s, trace) for s, trace in self.traces(x) if s), key=lambda each: shared(each[1], y),
+                   default=(None, None))[0]
 
-        def shared(labelled):
-            _, trace = labelled
-            return next((i for i, (a, b) in enumerate(zip(trace, y)) if a != b), min(len(trace), len(y)))
-        return max(((s, trace) for s, trace in self.traces(x) if s), key=shared, default=(None, None))[0]
+    def nearness(self, x, y, strategy):
+        """The part of the trace of `strategy` on x with which y begins, from 0 to 1."""
+        y = self.canonical(y)
+        return max(shared(trace, y) / max(len(trace), len(y)) for s, trace in self.traces(x) if s == strategy)
+
+
+def shared(a, b):
+    """How many tokens two lists have in common before they part."""
+    return next((i for i, (s, t) in enumerate(zip(a, b)) if s != t), min(len(a), len(b)))
 
 
 def number(n):
@@ -576,7 +585,8 @@ def traces_task(path):
                 steps=dict.fromkeys(sorted({row.strategy for row in rows} - {None})),
                 distinct=False, records=records, tokens=tokens)
     reserved = re.compile("|".join(SPECIALS) + "|<z[0-9]+>")
-    return replace(task, vocab=traces.vocabulary(path, rows, tokens, task.split, reserved))
+    data = zlib.crc32("\n".join(f"{row.x}\t{row.y}" for row in rows).encode())
+    return replace(task, vocab=traces.vocabulary(path, rows, tokens, task.split, reserved), data=data)
 
 
 # every task by name, as a function of its sizes, and at its default sizes
@@ -587,6 +597,7 @@ TASKS = {name: task() for name, task in TASK_FUNCTIONS.items()}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
+    any_terminal()
     for path in sys.argv[1:]:
         task = traces_task(path)
         traces.describe(task.records, task.vocab, task.tokens, task.split)

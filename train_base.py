@@ -68,7 +68,7 @@ def make_task(cfg):
                 fail(f"config key '{key}' plays no part where the task is a file: '{name}' is used as it is")
         return traces_task(name)
     if name not in TASKS:
-        fail(f"config key 'task': no file and no known task, '{name}'; known: {', '.join(TASKS)}")
+        fail(f"config key 'task': there is neither a file nor a task '{name}'; tasks: {', '.join(TASKS)}")
     if not all(wording in ("separators", "operands") for wording in wordings):
         fail(f"config key 'wordings' is a list of 'separators' and 'operands', got {wordings!r}")
     try:
@@ -140,7 +140,9 @@ def score_answers(task, xs, ys):
     """Shares of solutions that parse, and that also end in the true answer; of a file, the latter of those x whose
     answer it tells."""
     if task.records is not None:
-        right = [y[-len(answer):] == answer for x, y in zip(xs, ys) if (answer := task.answer(x))]
+        before = ["ans"] * ("ans" in task.vocab)  # else the answer 2 3 would be right where 1 2 3 is said
+        right = [([""] + y)[-len(end):] == end for x, y in zip(xs, ys)
+                 if task.answer(x) and (end := before + task.answer(x))]
         return {"final_answer_accuracy": sum(right) / len(right)} if right else {}
     parsed = [task.parse(y) for y in ys]
     return {"parse_success": sum(p.reason is None for p in parsed) / len(xs),
@@ -202,6 +204,9 @@ def train(cfg):
     with runs.Run(cfg) as run:
         run.begin()
         if run.state:
+            if run.state["data"] != task.data:
+                fail(f"'{run.folder}' was begun with other records than '{cfg.task}' has now: start again by "
+                     "--overwrite=True")
             runs.restore(run.state, model, optimizers)
         best = run.state["best"] if run.state else {"nll": math.inf}  # the weights of least validation loss
         bar = run.steps()
@@ -218,11 +223,12 @@ def train(cfg):
                 say(f"{cfg.name} step {step + 1}/{cfg.steps}: loss {loss:.3f}, held-out {scores['nll']:.3f}{floor}, "
                     f"valid traces {scores['valid_trace_rate']:.3f}, "
                     f"{run.minutes * (cfg.steps / (step + 1) - 1):.1f} min left")
-                if scores["nll"] < best["nll"]:
+                if not scores["nll"] >= best["nll"]:
                     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
                     best = {"nll": scores["nll"], "step": step + 1, "model": weights}
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {"best": best})
+            run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {
+                "best": best, "data": task.data})
         model.load_state_dict(best["model"])
         if best["step"] < cfg.steps:
             say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to "
@@ -232,11 +238,12 @@ def train(cfg):
         scores = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test")
         scores |= {"c_base": c_base, "minutes": run.minutes, "best_step": best["step"]}
         if scores["valid_trace_rate"] < 0.9:
-            say(f"{cfg.name}: {1 - scores['valid_trace_rate']:.0%} of its samples are no trace of its data: more "
-                "steps, more data or another size may help")
+            say(f"{cfg.name}: {1 - scores['valid_trace_rate']:.0%} of its samples are not among the traces of its data."
+                " That is far, unless a file has only some of the solutions of an x")
         runs.write_result(run.folder, dataclasses.asdict(cfg), run.made_with, scores)
         run.finish({"kind": "base", "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
-                    "model": model.state_dict(), "vocab": list(task.vocab), "c_base": c_base})
+                    "model": model.state_dict(), "vocab": list(task.vocab), "data": task.data,
+                    "c_base": c_base})
 
 
 def load_base(path):
@@ -250,6 +257,8 @@ def build_base(checkpoint):
     task = make_task(checkpoint["config"])
     if list(task.vocab) != checkpoint["vocab"]:
         fail(f"the base was trained on another vocabulary than that of {task.name}")
+    if checkpoint.get("data") != task.data:
+        say(f"the file '{task.name}' has other records than when the base was trained")
     model = GPT(GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
     return model.requires_grad_(False).eval(), task
@@ -272,6 +281,8 @@ def get_base(cfg, config_path):
                 "batch_size", "crop", "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "seed"):
         was, is_now = checkpoint["config"][key], getattr(cfg, key)
         differs = f"'{path}' was trained with {key} = {was!r}, but {config_path} says {is_now!r}"
+        if key == "task" and os.path.isfile(was) and os.path.isfile(is_now) and os.path.samefile(was, is_now):
+            continue
         if was != is_now and key in (*same, *checkpoint["model_config"]):
             fail(f"{differs}; remove the checkpoint or change the config")
         if was != is_now:

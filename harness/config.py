@@ -36,13 +36,18 @@ def fail(message):
 def say(line):
     """Prints a line at once, above a progress bar. A run goes on where nobody reads it any more, or a disk is full."""
     from tqdm import tqdm  # here, because tasks.py needs none
+    any_terminal()
     try:
         tqdm.write(line)
         sys.stdout.flush()
-    except UnicodeEncodeError:  # a terminal of few characters
-        say(ascii(line))
     except OSError:
         drop_stdout()
+
+
+def any_terminal():
+    """Characters that the terminal does not know are printed as codes, instead of ending the program."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def drop_stdout():

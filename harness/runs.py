@@ -26,8 +26,10 @@ from harness.config import fail, say
 
 VERSIONS = {"base": 3, "factorization": 5, "state": 5}  # of what a checkpoint of each kind holds; no other is read
 KEYS = {"base": {"config", "model_config", "model", "vocab", "c_base"},
-        "factorization": {"config", "model_config", "model", "base", "posterior", "last_log", "clusters", "made_with"},
+        "factorization": {"config", "model_config", "model", "base", "posterior", "last_log", "clusters", "made_with",
+                          "minutes"},
         "state": {"config", "step", "log_lines", "minutes", "made_with", "model", "optimizers"}}
+OF_STATE = {"base": {"best", "data"}, "factorization": {"posterior", "c_base", "pool", "labels", "clusters"}}
 
 
 class Run:
@@ -268,7 +270,8 @@ def load_checkpoint(path, kind):
     if checkpoint.get("version") != VERSIONS[kind]:
         fail(f"'{path}' has format version {checkpoint.get('version')}, this code reads version {VERSIONS[kind]}; "
              "without it, it is trained again")
-    if lacking := sorted(KEYS[kind] - set(checkpoint)):
+    keys = KEYS[kind] | (OF_STATE["base" if "best" in checkpoint else "factorization"] if kind == "state" else set())
+    if lacking := sorted(keys - set(checkpoint)):
         fail(f"'{path}' is no {kind} checkpoint that is whole: it lacks {', '.join(lacking)}")
     return checkpoint
 

@@ -42,10 +42,10 @@ def read(path):
                 records.append(Record(n, x, y, strategy, answer))
     except json.JSONDecodeError as e:
         fail(f"{path}, line {n}: not JSON ({e.msg}, column {e.colno})")
-    except RecursionError:
-        fail(f"{path}, line {n}: not JSON (nested too deeply)")
     except UnicodeDecodeError:
         fail(f"{path}, line {n + 1} or after it: not UTF-8")
+    except (RecursionError, ValueError):
+        fail(f"{path}, line {n}: not JSON (nested too deeply, or a number of too many digits)")
     except (OSError, EOFError, zlib.error) as e:
         fail(f"cannot read traces from '{path}': {e}")
     return records, chars

@@ -240,7 +240,7 @@ def bench_base(size, rows):
 
 
 def bench_optimizer():
-    """The optimizers' step beside the same with Muon as torch has it, and beside a step's gradient of a sorting base."""
+    """The optimizers' step beside the same with Muon as torch has it, and beside a gradient of a sorting base."""
     cfg = config.load(train_base, [os.path.join(ROOT, "configs", "sorting_base.py")])
     pairs, weights = train_base.training_batch(TASK, TOKENIZER, cfg, 0)
     models = [GPT(GPTConfig(len(TOKENIZER))) for _ in range(2)]
@@ -424,7 +424,8 @@ def profile(path="configs/sorting_discrete.py"):
 def machine():
     with open("/proc/cpuinfo") as f:
         cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "instructions": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(), "threads": THREADS, "torch": torch.__version__,
+    return {"cpu": cpu, "instructions": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(), "threads": THREADS, "torch": torch.__version__,
             "transformers": transformers and transformers.__version__}
 
 

@@ -177,9 +177,10 @@ def test_a_trace_is_as_probable_as_all_its_wordings_and_is_shared_by_strategies_
         want[0, i, s] = log_p(base, plain.prompt(x), rest).exp() * factors[i, s]
         want[1, i, s] = factors[i, s] * sum((logp_z[i, k] + log_p(model, tokenizer.prompt(x, k), rest)).exp()
                                             for k in range(2))
-    p_base, p_of_z, alike = evaluate.strategy_probabilities(model, base, task, tokenizer, xs)
-    assert torch.equal(alike, torch.tensor([[3.0, 3, 3], [3, 3, 3], [1, 1, 0], [2, 2, 0], [1, 0, 1]]))
-    found = torch.stack((p_base, torch.einsum("nk,kns->ns", logp_z.exp(), p_of_z))) / alike.clamp(min=1)
+    p, parts = evaluate.strategy_probabilities(model, base, task, tokenizer, xs)
+    alike = torch.tensor([[3.0, 3, 3], [3, 3, 3], [1, 1, 1], [2, 2, 1], [1, 1, 1]])
+    assert p.shape == (3, 5, 3) and torch.allclose(p, parts * alike)
+    found = torch.stack((parts[0], torch.einsum("nk,kns->ns", logp_z.exp(), parts[1:])))
     assert torch.equal(found == 0, (factors == 0).expand(2, 5, 3))
     there = factors.expand(2, 5, 3) > 0
     assert torch.allclose(found[there].log(), want[there].log(), atol=1e-3)
@@ -302,7 +303,7 @@ def test_nll_is_the_exact_sum_over_z_of_router_and_generator(factorization):
     records in its place."""
     model, tokenizer, xs, ys, pairs = factorization
     logp_z, logq = evaluate.router(model, tokenizer, xs), torch.full((5, 3), -math.log(3))
-    scores = evaluate.discrete_fidelity(model, pairs, logq, logp_z, torch.arange(5), 5)
+    scores = evaluate.discrete_fidelity(model, pairs, logq, logp_z, torch.arange(5), torch.ones(5), 5)
     found, mean_router, nll_of_mean = scores["nll"], logp_z.exp().mean(dim=0), []
     for i, (x, y) in enumerate(zip(xs, ys)):
         total = of_mean = 0.0
@@ -326,14 +327,14 @@ def test_what_the_posterior_knows_is_measured(factorization):
     labels, says = torch.tensor([2, 2, 0, 1, -1]), torch.tensor([0, 0, 1, 1, 2])
     uniform = torch.full((5, 3), -math.log(3))
     sure = F.one_hot(says, 3).float().clamp(min=1e-9).log()
-    found = evaluate.discrete_fidelity(model, pairs, sure, uniform, labels, 3)
+    found = evaluate.discrete_fidelity(model, pairs, sure, uniform, labels, torch.ones(5), 3)
     assert found["posterior_alignment"] == pytest.approx(3 / 5)
     entropy = -sum(p * math.log(p) for p in (0.4, 0.4, 0.2))
     assert found["posterior_mutual_information"] == pytest.approx(entropy, abs=1e-4)
     assert found["posterior_entropy"] == pytest.approx(0, abs=1e-4)
     assert found["kl"] == pytest.approx(math.log(3), abs=1e-4)
     ignorant = uniform + torch.tensor([0.1, 0.0, -0.1])
-    found = evaluate.discrete_fidelity(model, pairs, ignorant.log_softmax(dim=1), uniform, labels, 3)
+    found = evaluate.discrete_fidelity(model, pairs, ignorant.log_softmax(dim=1), uniform, labels, torch.ones(5), 3)
     assert found["posterior_mutual_information"] == pytest.approx(0, abs=1e-5)
 
 

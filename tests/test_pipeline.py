@@ -875,9 +875,9 @@ def test_strategy_probabilities_are_the_shares_of_samples(reference):
     generator = seeded(0)
     ys = (train_base.sample_ys(base, tokenizer, 2048 * [tokenizer.prompt(x)], generator),
           evaluate.router_sampled(model, task, tokenizer, [x], 2048, generator)[1])
-    p_base, p_of_z, _ = evaluate.strategy_probabilities(model, base, task, tokenizer, [x])
-    p_model = torch.einsum("nk,kns->ns", evaluate.router(model, tokenizer, [x]).exp(), p_of_z)
-    for p, sampled in zip((p_base, p_model), ys):
+    p, _ = evaluate.strategy_probabilities(model, base, task, tokenizer, [x])
+    p_model = torch.einsum("nk,kns->ns", evaluate.router(model, tokenizer, [x]).exp(), p[1:])
+    for p, sampled in zip((p[0], p_model), ys):
         found = [task.attribute(x, y) for y in sampled]
         for share, s in zip(p[0].tolist(), task.strategies):
             assert abs(found.count(s) / 2048 - share) < 5 * math.sqrt(share * (1 - share) / 2048) + 1e-3
@@ -947,7 +947,7 @@ def test_the_gap_of_valid_solutions_leaves_the_others_out(reference, monkeypatch
     (["factorize.py", "configs/tiny_discrete.py", "--n_latents=0", "--cluster_inputs=0"], "nothing finds it"),
     (["factorize.py", "configs/tiny_discrete.py", "--batch_size=0"], "'batch_size' must be at least 1"),
     (["factorize.py", "configs/tiny_discrete.py", "--posterior=half"], "'linear' or 'full'"),
-    (["train_base.py", "configs/tiny_base.py", "--task=sort"], "no known task, 'sort'"),
+    (["train_base.py", "configs/tiny_base.py", "--task=sort"], "neither a file nor a task 'sort'"),
     (["train_base.py", "configs/tiny_base.py", "--strategy_weights=[1.0]"], "takes 3 weights"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'sides': 3}"], "task_sizes"),
     (["train_base.py", "configs/tiny_base.py", "--task_sizes={'max_distance': 1}"], "no train input on which all"),
