@@ -24,7 +24,7 @@ import tasks
 import train_base
 from conftest import ROOT
 from harness import config, figures, runs
-from harness.optim import set_learning_rates
+from harness.optim import set_learning_rates, update
 from harness.parallel import seeded
 from model import GPT, gaussian, score_latents, score_router
 from posterior import Posterior
@@ -792,6 +792,21 @@ def test_clusters_that_halves_of_the_inputs_do_not_confirm_are_warned_of(workpla
     assert ("doubtful: clusters that half of the inputs do not confirm are not to be trusted" in out) == warned
     assert (f"doubtful: 3 clusters with shares 0.50, 0.30, 0.20; 1.2% of the responses collide, 50% of 1 "
             f"searches agree, halves of the inputs on {halves:.1%}" in out)
+
+
+def test_muon_iterates_in_float32_on_a_cpu():
+    """Newton-Schulz, X <- a X + (b A + c A^2) X with A = X X^T, five times, on the gradient over its norm: in bfloat16
+    it would be off by a hundredth. The gradient stays as it is."""
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(6, 16, generator=generator) for _ in range(2))
+    parameter, (a, b, c) = torch.nn.Parameter(weight.clone()), (3.4445, -4.7750, 2.0315)
+    update([torch.optim.Muon([parameter], lr=0.1, weight_decay=0.0)], [parameter], [gradient.clone()])
+    X = gradient.double() / gradient.double().norm()
+    for _ in range(5):
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    assert torch.allclose(parameter.double(), weight.double() - 0.1 * X, atol=1e-5)
+    assert torch.equal(parameter.grad, gradient)
 
 
 def test_a_learning_rate_rises_and_then_falls_to_zero_from_a_peak_of_its_own():
