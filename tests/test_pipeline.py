@@ -384,7 +384,7 @@ def test_no_test_input_is_seen_before_the_evaluation(workplace, monkeypatch, sho
     assert trained == {(place, "train") for place in places}
     assert drawn == {"train", "validation"} and evaluated == 2 * ["validation"]
     evaluate.evaluate("out/unseen")
-    assert evaluated[2:] == ["test"]
+    assert evaluated[2:] == 2 * ["test"]
 
 
 # ----------------------------------------------------------------------------------------- stages and terms
