@@ -45,7 +45,14 @@ def say(line):
 
 
 def any_terminal():
-    """Characters that the terminal does not know are printed as codes, instead of ending the program."""
+    """Streams that are closed go nowhere, and do not become files of the run; characters that a terminal does not know
+    are printed as codes."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")
 

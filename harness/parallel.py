@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
-from harness.config import fail
+from harness.config import any_terminal, fail
 
 TORCHRUN = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}  # all are set by it
 rank, processes = 0, 1  # which process this is, of how many
@@ -27,12 +27,7 @@ def start(n_threads, device="cpu", precision="float32"):
     """Takes threads of one core each, all cores if n_threads is 0, and a device into use, and joins the other processes
     if torchrun started some. How many threads there are changes no result by a bit."""
     global rank, processes, threads, kind, bfloat16
-    for descriptor in range(3):  # they may be closed, and must not become files of the run
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
+    any_terminal()
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     here = [each for each in there if there[each]]
     if device not in ("auto", *here):

@@ -210,6 +210,8 @@ def test_programs_run_with_stdout_closed_and_into_a_pipe_that_closes(workplace):
         assert os.path.exists(f"out/closed{i}/ckpt.pt")
         assert [entry["step"] for entry in runs.read_log(f"out/closed{i}")] == [1, 2]
         assert bytes_of(f"out/closed{i}/pid").isdigit()
+    done = shell(f"{python} -c 'from harness import config; config.say(str())' <&- >&- 2>&-", ROOT)
+    assert done.returncode == 0  # also before a run begins
     done = shell(f"{python} -u {ROOT}/tasks.py | head -2", workplace)
     assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 2
 
