@@ -516,9 +516,10 @@ def typed_input(run, text):
         x = tokenizer.split(text, task.tokens)
     except ValueError as e:
         fail(f"--x: {e}")
-    if not x or len(tokenizer.prompt(x)) >= run[4].config.block_size:
-        fail(f"--x: of 1 to {run[4].config.block_size - 5} tokens, got {len(x)}")
     problem = task.check(x) or (None if task.is_valid_input(x) else "some of its strategies coincide on it")
+    most = run[4].config.block_size - 5  # besides <bos> <x> </x> <y> and one token of y
+    if not 0 < len(x) <= most:
+        problem = problem or f"it has {len(x)} tokens, not 1 to {most}"
     if problem:
         fail(f"--x: '{text}' is no input of {task.name}: {problem}")
     return x

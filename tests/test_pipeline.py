@@ -872,6 +872,7 @@ def test_a_continuous_run_is_evaluated_and_shown(continuous, capsys, monkeypatch
     out = capsys.readouterr().out
     assert "z of right-first: " in out and "z of down-first: " in out
     monkeypatch.setattr(tasks.Task, "attribute", lambda task, x, y: None)
+    monkeypatch.setattr(tasks.Task, "is_trace", lambda task, x, y: False)
     evaluate.main(["out/continuous", "--show=1"])  # the middle of each cell, where no z gives a strategy
     out = capsys.readouterr().out
     assert all(f"cell {k}: no strategy" in out for k in (1, 2, 3))
