@@ -134,8 +134,8 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
 @torch.no_grad()
 def strategy_probabilities(model, base, task, tokenizer, xs):
     """The probability of the trace of every strategy on every x, in all its wordings, or of all y that a file labels
-    so, not sampled: p(y|x) of the base and p(y|x,z) of the generator under every z, (1 + K, N, S), 0 for a strategy that
-    the data does not have there. Twice: as it is, and with equal parts of a trace for strategies that coincide."""
+    so, not sampled: p(y|x) of the base and p(y|x,z) of the generator under every z, (1 + K, N, S), 0 for a strategy
+    that the data does not have there. Twice: as it is, and with equal parts of a trace for strategies that coincide."""
     traces = [[(s, y) for s, y in task.traces(x) if s] for x in xs]
     place = [(i, task.strategies.index(s)) for i, own in enumerate(traces) for s, _ in own]
     nats = torch.tensor([task.word(y, random.Random(0))[1] for own in traces for _, y in own])
