@@ -21,8 +21,8 @@ def make_optimizers(model, cfg):
 
 
 class WithoutBfloat16(TorchFunctionMode):
-    """torch.optim.Muon computes in bfloat16. Most processors have no such products, and take a dozen times as long
-    as in float32: longer than the gradient."""
+    """torch.optim.Muon computes in bfloat16. A processor without such products takes a dozen times as long as in
+    float32: longer than the gradient (tests/bench.py optimizer)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **kwargs or {})
