@@ -57,14 +57,17 @@ def local_coverage(found, n, K, S, prefix=""):
             f"{prefix}local_strategy_full_coverage_rate": sum(share == 1 for share in shares) / len(shares)}
 
 
-@torch.no_grad()
-def controlled(model, task, tokenizer, xs, seed):
-    """Forces every z on every x and decodes one y. Returns (metrics, C), C[z][s]: share of x on which z gave s, of
-    those on which the data has s; None where nobody knows strategies. A y that is the trace of several strategies is
-    that which its z is matched to."""
-    K, S = model.config.n_latents, len({s for x in xs for s in task.mixture(x)})
-    prompts = [tokenizer.prompt(x, k) for x in xs for k in range(K)]
-    ys = sample_ys(model, tokenizer, prompts, seeded(seed))
+def forced(model, tokenizer, xs, seed):
+    """One y (list of tokens) under every z for every x: N K of them, those of an x side by side."""
+    prompts = [tokenizer.prompt(x, k) for x in xs for k in range(model.config.n_latents)]
+    return sample_ys(model, tokenizer, prompts, seeded(seed))
+
+
+def controlled(task, xs, ys):
+    """What `forced` y tell of their z. Returns (metrics, C), C[z][s]: share of x on which z gave s, of those on which
+    the data has s; None where nobody knows strategies. A y that is the trace of several strategies is that which its z
+    is matched to."""
+    K, S = len(ys) // len(xs), len({s for x in xs for s in task.mixture(x)})
     all_xs = [x for x in xs for _ in range(K)]
     metrics = {f"controlled_{key}": value for key, value in score_answers(task, all_xs, ys).items()}
     if not S:
@@ -201,12 +204,11 @@ def information(p):
 
 
 @torch.no_grad()
-def without_labels(model, q, base, task, tokenizer, xs, seed):
-    """What can be said of forced z where nobody knows the strategies: the share of different y among the K of an x, and
-    how often q finds from y, without padding and tokens that no base has, the z that it was made under."""
-    K, prompts = model.config.n_latents, [tokenizer.prompt(x, k) for x in xs for k in range(model.config.n_latents)]
-    ys = [tuple(y) for y in sample_ys(model, tokenizer, prompts, seeded(seed))]
-    different = sum(len(set(ys[i:i + K])) for i in range(0, len(ys), K)) / len(ys)
+def without_labels(q, base, task, xs, ys):
+    """What `forced` y tell where nobody knows the strategies: the share of different ones among the K of an x, and how
+    often q finds from y, without padding and tokens that no base has, the z that it was made under."""
+    K = len(ys) // len(xs)
+    different = sum(len(set(map(tuple, ys[i:i + K]))) for i in range(0, len(ys), K)) / len(ys)
     pairs = known_to_base(base, task, [x for x in xs for _ in range(K)], ys)
     right = q.read(q.all_features(pairs)).argmax(dim=1) == torch.arange(len(ys)) % K
     return {"distinct_outputs": different, "consistency": right.float().mean().item()}
@@ -329,10 +331,11 @@ def during_training(model, q, task, pool, n_inputs, seed):
     semantics of router samples for at most 32 inputs, and of the posterior on the pool of *training* pairs."""
     tokenizer = Tokenizer(task.vocab, model.config.n_latents)
     xs = different_inputs(task, n_inputs, "validation")
+    ys = forced(model, tokenizer, xs, seed)  # none of a continuous z
     if not all(map(task.mixture, xs)):  # nobody knows strategies
-        return {} if model.config.z_dim else without_labels(model, q, q.backbone, task, tokenizer, xs, seed)
-    if not model.config.z_dim:
-        metrics, C = controlled(model, task, tokenizer, xs, seed)
+        return without_labels(q, q.backbone, task, xs, ys) if ys else {}
+    if ys:
+        metrics, C = controlled(task, xs, ys)
         return metrics | {"strategy_by_latent": C.tolist()}
     z, _, found = router_sampled(model, task, tokenizer, xs[:32], SAMPLES, seeded(seed))
     pool_xs, labels = strategies_of(task, tokenizer, pool)
@@ -397,7 +400,9 @@ def evaluate(folder, seed=0):
     cfg, D = checkpoint["config"], model.config.z_dim
     xs = different_inputs(task, cfg["eval_inputs"], "test")
     named = different_inputs(task, cfg["eval_inputs"], "test", labelled=True)  # but of some files the same
-    metrics, C = ({}, None) if D else controlled(model, task, tokenizer, named or xs, seed)
+    ys = forced(model, tokenizer, xs, seed)  # none of a continuous z
+    named_ys = ys if named == xs else forced(model, tokenizer, named, seed)
+    metrics, C = ({}, None) if D else controlled(task, named or xs, named_ys or ys)
     samples = SAMPLES if D else max(cfg["eval_samples"], model.config.n_latents)
     router_metrics, shares, base_shares, z, found = against_base(model, base, task, tokenizer, xs, samples, seed)
     n = 4 * min(cfg["eval_inputs"], 10 * len(xs))
@@ -406,7 +411,7 @@ def evaluate(folder, seed=0):
     if D and named == xs:
         metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
     if not D:
-        metrics |= without_labels(model, q, base, task, tokenizer, xs, seed)
+        metrics |= without_labels(q, base, task, xs, ys)
         metrics["router_information"] = information(router(model, tokenizer, xs).exp())
     if C is not None:
         matching = one_to_one_matching(C)[1]
@@ -441,16 +446,15 @@ def evaluate(folder, seed=0):
         print("z and the strategy it means:", ", ".join(meanings))
     if C is not None and named != xs:
         print("z and the strategy whose labelled y its y are nearest to:",
-              ", ".join(f"<z{k + 1}> {s}" for k, s in enumerate(nearest(model, task, tokenizer, named, seed))))
+              ", ".join(f"<z{k + 1}> {s}" for k, s in enumerate(nearest(task, named, named_ys))))
     print(f"wrote {folder}/metrics.json and the figures beside it", flush=True)
     return metrics
 
 
-def nearest(model, task, tokenizer, xs, seed):
-    """For every z the strategy of whose labelled y its y have the largest part, on average over the x that it labels:
-    for files in which few y have labels."""
-    K, part = model.config.n_latents, {s: [] for s in task.strategies}
-    ys = sample_ys(model, tokenizer, [tokenizer.prompt(x, k) for x in xs for k in range(K)], seeded(seed))
+def nearest(task, xs, ys):
+    """For every z the strategy of whose labelled y its `forced` y have the largest part, on average over the x that it
+    labels: for files in which few y have labels."""
+    K, part = len(ys) // len(xs), {s: [] for s in task.strategies}
     for x, i in zip(xs, range(0, len(ys), K)):
         for s in task.mixture(x):
             part[s].append([task.nearness(x, y, s) for y in ys[i:i + K]])

@@ -150,7 +150,7 @@ def two_tasks(cfg):
     folder = factorize.factorize(cfg)
     checkpoint, _, task, tokenizer, model, _ = evaluate.load_run(folder)
     xs = evaluate.different_inputs(task, 2 * cfg.eval_inputs, "test")
-    metrics, C = evaluate.controlled(model, task, tokenizer, xs, seed=0)
+    metrics, C = evaluate.controlled(task, xs, evaluate.forced(model, tokenizer, xs, seed=0))
     served = {s: C[z, s].item() for z, s in enumerate(evaluate.one_to_one_matching(C)[1]) if s is not None}
     for name, one in TWO.items():  # a strategy that no z is matched to counts as 0
         own = [served.get(task.strategies.index(s), 0.0) for s in one.steps]

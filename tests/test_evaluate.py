@@ -76,29 +76,26 @@ def test_matching_equals_brute_force_over_permutations():
 GRID = tasks.TASKS["grid_pathfinding"]
 
 
-def forced(monkeypatch, strategies, task=GRID, xs=None):
+def forced(strategies, task=GRID, xs=None):
     """evaluate.controlled, where the z of every input give `strategies(i)`, the i-th input's list of K indices."""
     xs = xs or evaluate.different_inputs(task, 20, "test")
     ys = [task.trace(x, task.strategies[s]) for i, x in enumerate(xs) for s in strategies(i)]
-    K = len(strategies(0))
-    tokenizer = tasks.Tokenizer(task.vocab, K)
-    monkeypatch.setattr(evaluate, "sample_ys", lambda *args, **kwargs: ys)
-    scores, C = evaluate.controlled(GPT(GPTConfig(len(tokenizer), K)), task, tokenizer, xs, 0)
+    scores, C = evaluate.controlled(task, xs, ys)
     assert scores["controlled_parse_success"] == scores["controlled_final_answer_accuracy"] == 1
     names = ("alignment_one_to_one", "local_strategy_coverage_mean", "permutation_gap", "latent_purity")
     return [scores[name] for name in names], C
 
 
-def test_a_label_swap_shows_in_alignment_and_not_in_coverage(monkeypatch):
+def test_a_label_swap_shows_in_alignment_and_not_in_coverage():
     """Of three latents, two trade strategies on half of the inputs, and are right on the other half."""
-    scores, C = forced(monkeypatch, lambda i: [0, 1, 2] if i % 2 else [1, 0, 2])
+    scores, C = forced(lambda i: [0, 1, 2] if i % 2 else [1, 0, 2])
     assert scores == pytest.approx([2 / 3, 1, 1 / 3, 1 / 2])
     assert torch.allclose(C, torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]))
 
 
-def test_alignment_counts_latents_that_share_a_strategy_and_strategies_without_a_latent(monkeypatch):
-    assert forced(monkeypatch, lambda i: [0, 1, 2, 0, 1, 2])[0] == pytest.approx([1 / 2, 1, 1 / 2, 1])
-    assert forced(monkeypatch, lambda i: [2, 0])[0] == pytest.approx([2 / 3, 1, 1 / 3, 1])
+def test_alignment_counts_latents_that_share_a_strategy_and_strategies_without_a_latent():
+    assert forced(lambda i: [0, 1, 2, 0, 1, 2])[0] == pytest.approx([1 / 2, 1, 1 / 2, 1])
+    assert forced(lambda i: [2, 0])[0] == pytest.approx([2 / 3, 1, 1 / 3, 1])
 
 
 def test_local_coverage_counts_distinct_strategies_among_the_first_k():
@@ -209,32 +206,32 @@ def test_exact_alignment_is_the_probability_that_forced_z_gives_its_strategy():
         "exact_alignment", "exact_alignment_error", "exact_full_coverage"}
 
 
-def test_a_strategy_is_asked_for_only_on_inputs_where_the_data_has_it(monkeypatch):
+def test_a_strategy_is_asked_for_only_on_inputs_where_the_data_has_it():
     """Of wide inputs the data has no alternating trace: there, the third latent gives one all the same, or another."""
     task = dataclasses.replace(GRID, weights={"wide": [1, 1, 0], "tall or square": [1, 1, 1]})
     xs = evaluate.different_inputs(task, 20, "test")
     wide = [task.kind(x) == "wide" for x in xs]
     share = sum(wide) / 20
     assert 0.2 < share < 0.8
-    scores, C = forced(monkeypatch, lambda i: [0, 1, 2], task)
+    scores, C = forced(lambda i: [0, 1, 2], task)
     assert scores == pytest.approx([1, 1, 0, 1]) and torch.equal(C, torch.eye(3))
-    scores, C = forced(monkeypatch, lambda i: [0, 1, 0 if wide[i] else 2], task)
+    scores, C = forced(lambda i: [0, 1, 0 if wide[i] else 2], task)
     assert scores == pytest.approx([1, 1, 0, 1])
     assert torch.allclose(C, torch.tensor([[1, 0, 0], [0, 1, 0], [share, 0, 1]]))
-    scores, C = forced(monkeypatch, lambda i: [2, 1, 2], task)  # the first latent gives nothing that wide inputs have
+    scores, C = forced(lambda i: [2, 1, 2], task)  # the first latent gives nothing that wide inputs have
     assert torch.allclose(C, torch.tensor([[0, 0, 1], [0, 1, 0], [0, 0, 1.0]]))
     assert scores == pytest.approx([2 / 3, share / 2 + (1 - share) * 2 / 3, share / 2 + (1 - share) * 2 / 3 - 2 / 3, 1])
 
 
-def test_a_solution_of_several_strategies_is_that_of_the_one_which_its_latent_means(monkeypatch):
+def test_a_solution_of_several_strategies_is_that_of_the_one_which_its_latent_means():
     """One cell to go in either direction: right-first and alternating coincide. A latent that means neither has the
     first."""
     task = dataclasses.replace(GRID, distinct=False)
     xs = [x.split() for x in ("3 4 to 4 5", "1 1 to 2 2", "3 4 to 5 6", "3 4 to 6 6")]
-    scores, C = forced(monkeypatch, lambda i: [2, 1, 0], task, xs)
+    scores, C = forced(lambda i: [2, 1, 0], task, xs)
     assert scores == pytest.approx([1, 1, 0, 1])
     assert torch.allclose(C, torch.tensor([[0.5, 0, 1], [0, 1, 0], [1, 0, 0.5]]))
-    scores, C = forced(monkeypatch, lambda i: [2, 1, 0 if i < 2 else 1], task, xs)
+    scores, C = forced(lambda i: [2, 1, 0 if i < 2 else 1], task, xs)
     #  the third latent means right-first: on the first two inputs it gives that, and the first one alternating
     assert C[2].tolist() == [0.5, 0.5, 0.5]
     assert scores == pytest.approx([(1 + 1 + 0.5) / 3, (1 + 1 + 2 / 3 + 2 / 3) / 4, 0, 0.5])
@@ -245,7 +242,7 @@ def test_without_labels_different_solutions_are_counted_and_latents_recognised(m
     three solutions are right; of the second, two are the same, and a third is right but for a latent token: q never
     sees that, nor more than a block."""
     xs = evaluate.different_inputs(GRID, 2, "test")
-    plain, tokenizer = tasks.Tokenizer(GRID.vocab), tasks.Tokenizer(GRID.vocab, 3)
+    plain = tasks.Tokenizer(GRID.vocab)
     a, b = ([GRID.trace(x, s) for s in GRID.strategies] for x in xs)
     base = GPT(GPTConfig(len(plain), block_size=64))
     seen = []
@@ -256,10 +253,8 @@ def test_without_labels_different_solutions_are_counted_and_latents_recognised(m
         return F.one_hot(labels % 3, 3).float()  # -1 is the last
 
     def scores(*ys):
-        monkeypatch.setattr(evaluate, "sample_ys", lambda model, tokenizer, prompts, generator: (
-            ys if prompts == [tokenizer.prompt(x, k) for x in xs for k in range(3)] else None))
         q = SimpleNamespace(all_features=lambda pairs: pairs, read=read)
-        return evaluate.without_labels(GPT(GPTConfig(len(tokenizer), 3)), q, base, GRID, tokenizer, xs, 0)
+        return evaluate.without_labels(q, base, GRID, xs, list(ys))
 
     monkeypatch.setattr(evaluate, "score_base", lambda model, pairs: pairs.ids + 0.5 if model is base else None)
     found = scores(*a, b[0], b[0], [*b[2], "<z3>"])
@@ -403,16 +398,18 @@ def test_a_run_in_training_forces_every_z_on_validation_inputs(monkeypatch):
     """The metrics of `controlled` with its C, on inputs of no other split."""
     seen = []
 
-    def controlled(model, task, tokenizer, xs, seed):
-        seen.append((xs, seed, tokenizer.n_latents))
-        return {"alignment_one_to_one": 0.5}, torch.eye(3)
+    def sample_ys(model, tokenizer, prompts, generator):
+        seen.append((prompts, generator.initial_seed(), tokenizer))
+        return [GRID.trace(x, s) for x in xs for s in GRID.strategies]
 
-    monkeypatch.setattr(evaluate, "controlled", controlled)
+    xs = evaluate.different_inputs(GRID, 12, "validation")
+    monkeypatch.setattr(evaluate, "sample_ys", sample_ys)
     model = GPT(GPTConfig(10 + len(GRID.vocab) + 3, 3))
     found = evaluate.during_training(model, None, GRID, None, 12, seed=7)
-    assert found == {"alignment_one_to_one": 0.5, "strategy_by_latent": torch.eye(3).tolist()}
-    (xs, seed, K), = seen
-    assert len(xs) == 12 and {GRID.split(x) for x in xs} == {"validation"} and (seed, K) == (7, 3)
+    assert found["alignment_one_to_one"] == 1 and found["strategy_by_latent"] == torch.eye(3).tolist()
+    (prompts, seed, tokenizer), = seen
+    assert prompts == [tokenizer.prompt(x, k) for x in xs for k in range(3)] and seed == 7
+    assert {GRID.split(x) for x in xs} == {"validation"} and tokenizer.n_latents == 3
 
 
 def test_a_run_in_training_reads_a_continuous_z_from_its_pool_and_from_at_most_32_inputs(monkeypatch):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,7 +284,7 @@ def test_few_labels_leave_the_rest_of_the_report_as_it_is(labelled):
     assert {task.split(x) for x in every} == {"test"} and len(every) == len({tuple(x) for x in every})
 
 
-def test_a_latent_is_named_by_the_labelled_solutions_that_its_own_are_like(small, monkeypatch):
+def test_a_latent_is_named_by_the_labelled_solutions_that_its_own_are_like(small):
     """Also where each x has one label, so that the nearest labelled y is always of that one: z1 says 1 1 1 and z2 says
     2 2 2, but for the last token."""
     path = small({"y": "1 1 1", "strategy": "b"})
@@ -294,12 +293,8 @@ def test_a_latent_is_named_by_the_labelled_solutions_that_its_own_are_like(small
     for row in rows[::2]:
         row.update(y="2 2 2", strategy="a")
     task = traces_task(write(Path(path), rows))
-    tokenizer = SimpleNamespace(prompt=lambda x, k: (x, k))
-    monkeypatch.setattr(evaluate, "sample_ys", lambda model, tokenizer, prompts, generator: [
-        ["1 1 2", "2 2 1"][k].split() for _, k in prompts])
-    model = SimpleNamespace(config=SimpleNamespace(n_latents=2))
     xs = evaluate.different_inputs(task, 50, "test")
-    assert evaluate.nearest(model, task, tokenizer, xs, 0) == ["b", "a"]
+    assert evaluate.nearest(task, xs, len(xs) * ["1 1 2".split(), "2 2 1".split()]) == ["b", "a"]
     assert [task.nearness(rows[0]["x"].split(), y.split(), "a") for y in ("2 2 2", "2 2 1", "2", "1", "2 2 2 2")] == [
         1, pytest.approx(2 / 3), pytest.approx(1 / 3), 0, 0.75]
 
