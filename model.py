@@ -230,8 +230,10 @@ def sample(model, prompts, generator, temperature=1.0, z=None):
         if temperature == 0:
             token = logp.argmax(dim=-1)
         else:  # Gumbel-max: argmax of logits plus Gumbel noise is a sample of the softmax
-            uniform = torch.rand(logp.shape, generator=generator, device=generator.device).to(device)
-            token = (logp / temperature - torch.log(-torch.log(uniform.clamp(min=1e-20)))).argmax(dim=-1)
+            # noise for all prompts, also those that are done: what a row draws is no matter of other rows' lengths
+            uniform = torch.rand(len(prompts), logp.shape[1], generator=generator, device=generator.device)
+            noise = -torch.log(-torch.log(uniform.to(device)[rows].clamp(min=1e-20)))
+            token = (logp / temperature + noise).argmax(dim=-1)
         tokens[rows[going], t] = token[going]
         logps[rows[going], t] = logp.gather(1, token[:, None])[going, 0]
         going = going & (token != EOS) & (rooms[rows] > t + 1)

@@ -270,7 +270,9 @@ def load_checkpoint(path, kind):
     if checkpoint.get("version") != VERSIONS[kind]:
         fail(f"'{path}' has format version {checkpoint.get('version')}, this code reads version {VERSIONS[kind]}; "
              "without it, it is trained again")
-    keys = KEYS[kind] | (OF_STATE["base" if "best" in checkpoint else "factorization"] if kind == "state" else set())
+    keys = KEYS[kind]
+    if kind == "state":
+        keys = keys | OF_STATE["base" if "task" in checkpoint.get("config", ()) else "factorization"]
     if lacking := sorted(keys - set(checkpoint)):
         fail(f"'{path}' is no {kind} checkpoint that is whole: it lacks {', '.join(lacking)}")
     return checkpoint

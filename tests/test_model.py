@@ -110,6 +110,17 @@ def test_sampling_frequencies_are_the_models_probabilities(model):
     assert ((shares - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
 
 
+def test_what_a_row_draws_is_no_matter_of_other_rows(model):
+    """The noise of a row is its own, also after others have ended and left the batch."""
+    first, *others = prompts(16)
+    together = sample(model, [first, *others], torch.Generator().manual_seed(4))[0]
+    lengths = (together != PAD).sum(dim=1)
+    assert lengths[0] > lengths.sort().values[4]  # more than a quarter leave the batch before it ends
+    for more in (others[::-1], 15 * [others[0]], 15 * [[12] * 20]):
+        row = sample(model, [first, *more], torch.Generator().manual_seed(4))[0][0]
+        assert row[:lengths[0]].tolist() == together[0, :lengths[0]].tolist()
+
+
 def test_a_record_longer_than_the_context_says_its_length(model):
     with pytest.raises(AssertionError, match="25 positions exceed block_size 24"):
         model(torch.full((1, 25), 12))
