@@ -42,9 +42,9 @@ class Config:
     z_dim: int = 0  # D, the size of a continuous z; 0: discrete latents
     n_latents: int = 0  # K, the number of clusters, and of discrete latents; 0: found by clustering
     steps: Count = 700  # gradient steps
-    batch_size: Count = 64  # pairs (x, y) a step, y sampled from the frozen base
+    batch_size: Count = 32  # pairs (x, y) a step, y sampled from the frozen base
     pool_size: Count = 512  # pairs sampled and labelled at a time; each is used once
-    chunks: Count = 8  # parts of a batch, at least; more take less memory
+    chunks: Count = 4  # parts of a batch, at least; more take less memory
     # clusters
     cluster_inputs: int = 768  # inputs whose responses are clustered; 0: q's head stays random
     cluster_responses: at_least(2) = 12  # responses to each of them

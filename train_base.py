@@ -39,9 +39,9 @@ class Config:
     n_embd: Count = 128  # width
     block_size: Count = 160  # longest record, in tokens
     steps: Count = 3000  # gradient steps
-    batch_size: Count = 64  # records a step, at most: every input comes with one record of each strategy
+    batch_size: Count = 32  # records a step, at most: every input comes with one record of each strategy
     crop: int = 0  # tokens of y to which the records of 3 in 4 training inputs are cut; 0: none is cut
-    chunks: Count = 8  # parts of a batch, of records of similar length; the gradient is the same
+    chunks: Count = 4  # parts of a batch, of records of similar length; the gradient is the same
     optimizer: Literal["muon", "adamw"] = "muon"  # Muon with AdamW for embedding and head, or AdamW for all
     lr: float = 0.01  # peak learning rate of Muon's matrices
     adamw_lr: float = 0.01  # peak learning rate of AdamW's parameters

@@ -1,3 +1,3 @@
 # python train_base.py configs/addition_base.py
 task = "multidigit_addition"
-steps = 3500
+steps = 4000

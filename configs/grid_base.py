@@ -1,4 +1,3 @@
 # python train_base.py configs/grid_base.py
 task = "grid_pathfinding"
-steps = 1000
-batch_size = 128
+steps = 2000

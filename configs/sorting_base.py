@@ -1,4 +1,4 @@
 # python train_base.py configs/sorting_base.py
 task = "sorting_algorithms"
-steps = 6400
+steps = 9600
 crop = 24

@@ -2,6 +2,5 @@
 base = "configs/sorting_base.py"
 n_latents = 5
 steps = 1700
-batch_size = 32
 fixed_label_steps = 600
 responsibility_steps = 1060

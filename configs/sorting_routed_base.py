@@ -6,5 +6,5 @@ strategy_weights = {  # bubble, selection, insertion, merge, heap
     "5 numbers": [0.15, 0.15, 0.3, 0.2, 0.2],
     "6 numbers": [0.1, 0.1, 0.1, 0.35, 0.35],
 }
-steps = 6400
+steps = 9600
 crop = 24
