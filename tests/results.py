@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "assets", "results")
@@ -37,32 +38,33 @@ SHARES = {  # name: (config of the run, of the base, flags of the base, of the r
 }
 
 
-def base_of(name, config, flags, seed):
-    """The base of a run: its name, and `base` as a config has it."""
-    name += f"_base_seed{seed}" if seed else "_base"
-    return name, " ".join(f"configs/{config}.py --name={name} --seed={seed} {flags}".split())
+class Run(NamedTuple):
+    name: str
+    of_base: str  # `base` as a config has it: the config of the base, and flags
+    base: str | None  # the base's name; None where no other program can train it
+    command: list  # script, config, flags
 
 
 def all_runs():
-    """Path of a result file -> (name of its run, name of its base, the base's config and flags, what makes the run)."""
+    """Path of a result file below assets/results, without .json -> Run."""
     found = {}
-    for seed in range(3):
+
+    def add(folder, name, base, base_config, base_flags, seed, command):
+        base += f"_base_seed{seed}" if seed else "_base"
+        of_base = " ".join(f"{base_config} --name={base} --seed={seed} {base_flags}".split())
+        alone = command[0] != "factorize.py"
+        found[f"{folder}/{name}"] = Run(name, of_base, None if alone else base, command)
+
+    for seed in range(3):  # of the base
         for task in TASKS:
-            base, of_base = base_of(task, f"{task}_base", "", seed)
-            for kind, seeds in (("discrete", 2), ("continuous", 1)):
-                for s in range(seeds):
-                    name = f"{task}_{kind}_base{seed}_seed{s}"
-                    found[f"tasks/{name}"] = name, base, of_base, ["factorize.py", f"configs/{task}_{kind}.py",
-                                                                  f"--seed={s}"]
-        for condition, (config, base_config, base_flags, flags) in SHARES.items():
-            base, of_base = base_of(condition, base_config, base_flags, seed)
-            name = f"{condition}_discrete_seed{seed}"
-            found[f"shares/{name}"] = name, base, of_base, ["factorize.py", f"configs/{config}.py", f"--seed={seed}",
-                                                           *flags.split()]
-        name = f"two_tasks_discrete_seed{seed}"  # whose base no other program knows the task of
-        of_base = f"tests/two_tasks_base.py --name=two_tasks_base_seed{seed} --seed={seed}"
-        found[f"shares/{name}"] = name, None, of_base, ["tests/baselines.py", "two_tasks",
-                                                       "tests/two_tasks_discrete.py", f"--seed={seed}"]
+            for kind, s in (("discrete", 0), ("discrete", 1), ("continuous", 0)):
+                add("tasks", f"{task}_{kind}_base{seed}_seed{s}", task, f"configs/{task}_base.py", "", seed,
+                    ["factorize.py", f"configs/{task}_{kind}.py", f"--seed={s}"])
+        for name, (config, base_config, base_flags, flags) in SHARES.items():
+            add("shares", f"{name}_discrete_seed{seed}", name, f"configs/{base_config}.py", base_flags, seed,
+                ["factorize.py", f"configs/{config}.py", f"--seed={seed}", *flags.split()])
+        add("shares", f"two_tasks_discrete_seed{seed}", "two_tasks", "tests/two_tasks_base.py", "", seed,
+            ["tests/baselines.py", "two_tasks", "tests/two_tasks_discrete.py", f"--seed={seed}"])
     return found
 
 
@@ -75,13 +77,14 @@ def call(name, command):
     return code == 0
 
 
-def finish(path, name, script, flags):
+def finish(path, name, command):
     """Makes a run, or what is left of it, and copies its result file; whether that is there."""
     path, folder = os.path.join(RESULTS, f"{path}.json"), os.path.join("out", name)
     result, checkpoint = (os.path.join(ROOT, folder, each) for each in ("result.json", "ckpt.pt"))
-    command = [script, *flags, f"--name={name}", "--threads=1", "--resume=True"]
-    if os.path.exists(checkpoint) and script == "factorize.py":  # it is only to be evaluated
+    if os.path.exists(checkpoint) and command[0] == "factorize.py":  # it is only to be evaluated
         command = ["evaluate.py", folder]
+    else:
+        command = [*command, f"--name={name}", "--threads=1", "--resume=True"]
     if not os.path.exists(result) and not call(name, command):
         return False
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -90,25 +93,24 @@ def finish(path, name, script, flags):
 
 
 def make(group):
-    """A base and the runs on it."""
-    for path, (name, base, of_base, (script, *flags)) in group:
-        if base and not finish(f"bases/{base}", base, "train_base.py", of_base.split()):
+    """A base and the runs on it, path -> Run."""
+    for path, run in group.items():
+        if run.base and not finish(f"bases/{run.base}", run.base, ["train_base.py", *run.of_base.split()]):
             return
-        finish(path, name, script, [*flags, f"--base={of_base}"])
+        finish(path, run.name, [*run.command, f"--base={run.of_base}"])
 
 
 def main(argv):
     wanted = [each for each in argv if each != "--list"]
     left = {path: run for path, run in all_runs().items()
             if all(each in path for each in wanted) and not os.path.exists(os.path.join(RESULTS, f"{path}.json"))}
-    print(f"{len(left)} runs are left:", *left, sep="\n  ")
-    if "--list" in argv:
-        return
-    groups = {}  # the base's config and flags -> the runs on it, which one process after the other makes
+    print(f"{len(left)} runs are left:", *left, sep="\n  ", flush=True)
+    groups = {}  # by base: two runs do not train the same one
     for path, run in left.items():
-        groups.setdefault(run[2], []).append((path, run))
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(make, groups.values()))
+        groups.setdefault(run.of_base, {})[path] = run
+    if "--list" not in argv:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(make, groups.values()))
 
 
 if __name__ == "__main__":

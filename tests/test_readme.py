@@ -19,6 +19,7 @@ import tasks
 import train_base
 from conftest import ROOT
 from harness import config
+from results import all_runs
 from tables import PAGES, RENAMED, filled
 
 HARNESS = sorted(name[:-3] for name in os.listdir(os.path.join(ROOT, "harness"))
@@ -145,7 +146,7 @@ def test_every_command_names_scripts_configs_and_flags_that_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_in_the_text_exists(page):
-    """Also one that stands alone in a sentence or in a table, such as `--chunks=64`."""
+    """Also one that stands alone in a sentence or in a table, such as `--chunks=32`."""
     known = set(factorize.Config.__dataclass_fields__) | set(train_base.Config.__dataclass_fields__)
     known |= {"show", "x", "write", "help"}  # of other scripts
     known |= {key for key, name in RENAMED.items() if name is None}  # once there were, and the page says so
@@ -172,6 +173,20 @@ def test_every_term_of_the_objective_is_on_the_front_page():
     code = " ".join(code_of(FRONT))
     missing = {name for name in functions - NO_TERMS if not re.search(rf"\b{name}\b", code)}
     assert not missing
+
+
+def test_every_run_of_the_queue_of_results_has_configs_that_load():
+    """Each under a name of its own, in one folder with no other, and its base, too."""
+    found = all_runs()
+    assert len({run.name for run in found.values()}) == len(found)
+    for path, run in found.items():
+        assert os.path.basename(path) == run.name
+        (configured,) = [arg for arg in run.command if arg.endswith("_discrete.py") or arg.endswith("_continuous.py")]
+        flags = [arg for arg in run.command if arg.startswith("--")]
+        cfg = config.load(factorize, [os.path.join(ROOT, configured), *flags, f"--base={os.path.join(ROOT, run.of_base)}"])
+        factorize.check(cfg)
+        base = factorize.load_base_config(cfg)
+        assert run.base in (base.name, None)
 
 
 def test_every_config_loads_and_opens_with_its_command():
