@@ -283,6 +283,12 @@ class Pairs(NamedTuple):
         width = int((ids != PAD).any(dim=0).nonzero().max()) + 1
         return Pairs(ids[:, :width], self.starts[index], self.b[index][:, :width])
 
+    def decided(self, nats=0.05):
+        """The pairs, but of y only what comes before the base is sure of all that follows, to `nats` a token."""
+        t = torch.arange(self.ids.shape[1], device=self.ids.device)
+        last = torch.where(self.b > nats, t, 0).max(dim=1).values.maximum(self.starts)[:, None]
+        return self._replace(ids=self.ids.where(t <= last, PAD), b=self.b * (t <= last)).rows(slice(None))
+
     def by_length(self, n_chunks):
         """Indices of the rows, in chunks of similar length, the longest first; at least one for every process."""
         order = (self.ids != PAD).sum(dim=1).argsort(descending=True)

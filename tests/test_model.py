@@ -149,6 +149,22 @@ def records(n):
     return Pairs(ids, torch.tensor([len(p) for p in prompts(n)]), torch.zeros(ids.shape)), rows
 
 
+def test_a_solution_counts_as_decided_after_the_last_token_that_surprises_the_base():
+    """By hand: b of three pairs, of which the second is all but certain from the start and the third to its end."""
+    pairs, rows = records(6)
+    pairs = pairs.rows(torch.tensor([3, 4, 5]))
+    (first, second, third), starts = (rows[i] for i in (3, 4, 5)), pairs.starts.tolist()
+    for row, b in zip(pairs.b, ([0.7, 0, 0.06, 0.04, 0.05], [0.01] * 6, [0.9, 0, 0, 0, 0, 0, 0.3])):
+        start = starts.pop(0)
+        row[start:start + len(b)] = torch.tensor(b)
+    cut = pairs.decided()
+    kept = [[t for t in row if t != PAD] for row in cut.ids.tolist()]
+    a, b, _ = pairs.starts.tolist()
+    assert kept == [first[:a + 3], second[:b + 1], third] and torch.equal(cut.starts, pairs.starts)
+    assert cut.b[0].sum().item() == pytest.approx(0.76) and cut.b[1].sum().item() == pytest.approx(0.01)
+    assert torch.equal(pairs.decided(nats=0).rows(torch.tensor([2])).ids, pairs.rows(torch.tensor([2])).ids)
+
+
 def with_random_latents(model, **latents):
     """The model of `with_latents` with embeddings of '<z> z </z>' that matter."""
     torch.manual_seed(1)

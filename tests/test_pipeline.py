@@ -544,19 +544,20 @@ def test_responses_are_those_of_the_base_to_train_inputs_by_their_key(workplace,
 
 
 def test_labels_are_the_posteriors_while_fixed_and_the_generators_afterwards(pool):
-    """r = softmax(fixed_label_power log q), then Sinkhorn(log p / tau + alpha log q) over the pool, in order; none in
-    the ELBO."""
+    """r = softmax(fixed_label_power log q), then Sinkhorn(log p / tau + alpha log q) over the pool, in order, log p of
+    what comes before the rest of y is certain; none in the ELBO."""
     base, model, pairs, one = pool
     cfg = config.load(factorize, [*SHORT, "--fixed_label_power=3", "--tau=0.7", "--alpha=2"])
     q, share = Posterior(base, 3), torch.tensor([0.5, 0.3, 0.2])
     q.fit_statistics(pairs)
     with torch.no_grad():
         logq = torch.cat([q(pair) for pair in one])
-        logp = torch.cat([-score_latents(model, pair)[0].sum(dim=2) for pair in one])
+        whole, logp = (torch.cat([-score_latents(model, pair)[0].sum(dim=2) for pair in pairs_of])
+                       for pairs_of in (one, [pair.decided() for pair in one]))
         features = torch.cat([q.features(pair) for pair in one])
     want = {"fixed labels": (3 * logq).log_softmax(dim=1),
             "responsibilities": losses.balanced_responsibilities(logp / 0.7 + 2 * logq, share.log())}
-    assert logp.std() > 0.1 and logq.std() > 0.1
+    assert logp.std() > 0.1 and logq.std() > 0.1 and not torch.allclose(logp, whole, atol=0.1)
     for stage in ("fixed labels", "responsibilities", "ELBO"):
         labels = factorize.label_pool(model, q, pairs, stage, cfg, share, seeded(0))
         assert torch.allclose(labels.pop("features"), features, atol=1e-3)
