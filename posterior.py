@@ -293,11 +293,10 @@ def cluster_responses(features, x_index, K, seed, searches):
 def search(features, x_index, K, generator):
     """One search for K clusters: split until there are K, then merge two and split again wherever
     that lessens the spread, until TRIES in a row do not. Returns spread and r (N, K)."""
-    features = features - mean_of_input(features, x_index)
-    v = components(features, 160)
+    v = components(features - mean_of_input(features, x_index), 160)
     r = torch.ones(len(v), 1)
     while r.shape[1] < K:
-        found = [split(features, r, k, x_index, generator) for k in range(r.shape[1])]
+        found = [split(v, r, k, x_index, generator) for k in range(r.shape[1])]
         r = refine(v, min(found, key=lambda each: spread(v, each, x_index)), x_index)
     r = refine(v, r, x_index, exclusive=True)
     least, pairs = spread(v, r, x_index), list(itertools.combinations(range(K), 2))
@@ -309,39 +308,39 @@ def search(features, x_index, K, generator):
         tries += 1
         merged = torch.cat((r[:, :b], r[:, b + 1:]), dim=1)
         merged[:, a] += r[:, b]
-        other = split(features, refine(v, merged, x_index), a, x_index, generator)
+        other = split(v, refine(v, merged, x_index), a, x_index, generator)
         other = refine(v, other, x_index, exclusive=True)
         left = spread(v, other, x_index)
-        if left < least - 0.02:
+        if left < least - 0.003:
             least, r, tries = left, other, 0
     return least, r
 
 
-def split(features, r, k, x_index, generator, starts=128, few=40):
+def split(v, r, k, x_index, generator, starts=4):
     """Cluster k in two, along a direction in which what varies within it has two values rather than
     those of a bell curve: of least kurtosis E[p^4] / E[p^2]^2, found by fixed-point iterations [2]
-    from random starts in few principal components, one of the best of which goes on in all."""
-    mu, noise = additive_model(features, r, x_index)
+    in few principal components. Of random starts, the one counts that leaves the least spread:
+    wordings have two values, too."""
+    mu, noise = additive_model(v, r, x_index)
     rows = (r.argmax(dim=1) == k).nonzero()[:, 0]
-    two = torch.cat((r, torch.zeros(len(r), 1)), dim=1)
+    found = [torch.cat((r, torch.zeros(len(r), 1)), dim=1)]
     if len(rows) < 32:
-        return two
-    u = components((noise + r @ mu)[rows], 160)
-    w = torch.randn(min(few, u.shape[1]), starts, generator=generator)
-    for i in range(60):
-        w = F.normalize(w, dim=0)
-        p = u[:, :len(w)] @ w
-        fourth = (p ** 4).mean(dim=0)
-        if i == 30:
-            one = fourth.argsort()[torch.randint(8, (1,), generator=generator)]
-            w = F.pad(w[:, one], (0, 0, 0, u.shape[1] - len(w)))
-            p, fourth = p[:, one], fourth[one]
-        slope = u[:, :len(w)].T @ p ** 3 / len(u)
-        w = torch.where(fourth < 3, 3 * w - slope, 1.5 * w - 0.5 * slope / fourth)
-    over = rows[(u @ w)[:, 0] > 0]
-    two[over, -1] = two[over, k]
-    two[over, k] = 0
-    return two
+        return found[0]
+    leading = components((noise + r @ mu)[rows], 40)
+    for few in (8, 20, 40):
+        u = leading[:, :few]
+        w = torch.randn(u.shape[1], starts, generator=generator)
+        for _ in range(60):
+            w = F.normalize(w, dim=0)
+            p = u @ w
+            fourth = (p ** 4).mean(dim=0)
+            slope = u.T @ p ** 3 / len(u)
+            w = torch.where(fourth < 3, 3 * w - slope, 1.5 * w - 0.5 * slope / fourth)
+        for over in (u @ w > 0).T:
+            two = found[0].clone()
+            two[rows[over], -1], two[rows[over], k] = r[rows[over], k], 0
+            found.append(two)
+    return min(found[1:], key=lambda each: spread(v[:, :40], each, x_index))
 
 
 def refine(v, r, x_index, exclusive=False):
@@ -351,13 +350,14 @@ def refine(v, r, x_index, exclusive=False):
     K = r.shape[1]
     count = x_index.bincount()
     limit = torch.where(count <= K, 0.0, torch.inf)[:, None]
+    rounds = 30 if exclusive and (count <= K).any() else 0
     for d in (40, 80, 160):
         for _ in range(6):
             mu, noise = additive_model(v[:, :d], r, x_index)
             scores = -torch.cdist(noise + r @ mu, mu).square() + (r.mean(dim=0) + 1e-3).log()
             # a Sinkhorn whose potentials can only fall: a cluster may have less than one response
             shift = torch.zeros(len(count), K)
-            for _ in range(30 if exclusive else 0):
+            for _ in range(rounds):
                 mass = torch.zeros_like(shift).index_add_(
                     0, x_index, F.softmax(scores + shift[x_index], dim=1))
                 shift = (shift + limit - mass.clamp(min=1e-30).log()).clamp(max=0)

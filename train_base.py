@@ -230,7 +230,7 @@ def train(cfg):
             run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {
                 "best": best, "data": task.data})
         model.load_state_dict(best["model"])
-        if best["step"] < cfg.steps:
+        if scores["nll"] > 1.01 * best["nll"]:
             say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to "
                 f"{scores['nll']:.3f}: the former weights are kept. If it rises by much, the base overfits: more data, "
                 "or fewer steps, may help")

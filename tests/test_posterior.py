@@ -462,12 +462,25 @@ def test_a_response_is_compared_without_what_its_input_adds():
 
 
 def test_a_merge_and_another_split_repair_what_growth_got_wrong(monkeypatch):
-    """Where what the bits of x do to a strategy is a third of what strategies differ by. Both from the same seed."""
-    features, x_index, strategy = responses(missing, n=80, S=4, nuisance=0.35, seed=5)
+    """Where what the bits of x do to a strategy is half of what strategies differ by. Both from the same seed."""
+    features, x_index, strategy = responses(missing, n=80, S=4, nuisance=0.5, seed=4)
     least, r = search(features, x_index, 4, seeded(0))
     monkeypatch.setattr(posterior, "TRIES", 0)
     more, grown = search(features, x_index, 4, seeded(0))
     assert share_right(grown, strategy) < 0.9 and share_right(r, strategy) > 0.98 and least < more - 1
+
+
+def test_fair_coins_of_wording_are_not_taken_for_strategies():
+    """Strategies in shares of 6:3:1, and ten coins in every response. Each coin has two values that are equally
+    frequent, and so less kurtosis than any split of the strategies. Of three searches, that of the least spread."""
+    generator, n = seeded(0), 1200
+    strategy = torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), n, replacement=True, generator=generator)
+    coins, x_index = torch.randint(2, (n, 10), generator=generator).float(), torch.arange(n // 8).repeat_interleave(8)
+    means = torch.randn(3, 24, generator=generator)
+    features = (3 * torch.randn(n // 8, 24, generator=generator)[x_index] + means[strategy]
+                + 0.6 * coins @ torch.randn(10, 24, generator=generator) + 0.3 * torch.randn(n, 24, generator=generator))
+    found = [search(features, x_index, 3, seeded(seed)) for seed in range(3)]
+    assert share_right(min(found, key=lambda one: one[0])[1], strategy) > 0.98
 
 
 def test_agreement_is_the_share_in_the_same_cluster_whatever_its_name():
