@@ -136,22 +136,26 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
 
 @torch.no_grad()
 def strategy_probabilities(model, base, task, tokenizer, xs):
-    """The probability of the trace of every strategy on every x, in all its wordings, or of all y that a file labels
-    so, not sampled: p(y|x) of the base and p(y|x,z) of the generator under every z, (1 + K, N, S), 0 for a strategy
-    that the data does not have there. Twice: as it is, and with equal parts of a trace for strategies that coincide."""
-    traces = [[(s, y) for s, y in task.traces(x) if s] for x in xs]
-    place = [(i, task.strategies.index(s)) for i, own in enumerate(traces) for s, _ in own]
-    nats = torch.tensor([task.word(y, random.Random(0))[1] for own in traces for _, y in own])
-    alike = torch.tensor([[float([y for _, y in own].count(y))] for own in traces for _, y in own])
-    records = [tokenizer.record(x, y) for x, own in zip(xs, traces) for _, y in own]
+    """The probability of the trace of every strategy on every x, in all its wordings (of many, estimated from some), or
+    of all y that a file labels so, not sampled: p(y|x) of the base and p(y|x,z) of the generator under every z,
+    (1 + K, N, S), 0 for a strategy that the data does not have there. Twice: as it is, and with equal parts of a trace
+    for strategies that coincide."""
+    rng, place, weights, records, starts = random.Random(0), [], [], [], []
+    for i, x in enumerate(xs):
+        traces = [(s, y) for s, y in task.traces(x) if s]
+        for s, y in traces:
+            for worded, n in task.wordings(y, rng):
+                place.append(i * len(task.strategies) + task.strategies.index(s))
+                weights.append([n, n / [other for _, other in traces].count(y)])
+                records.append(tokenizer.record(x, worded))
+                starts.append(len(tokenizer.prompt(x)))
     check_lengths(records, model.config.block_size)
-    pairs = as_pairs(records, [len(tokenizer.prompt(xs[i])) for i, _ in place])
+    pairs = as_pairs(records, starts)
     log_base = in_chunks(lambda chunk: -score_base(base, chunk).sum(dim=1, keepdim=True), pairs)
-    p = torch.cat((log_base, log_likelihood(model, pairs)), dim=1).add(nats[:, None]).exp()  # (traces, 1 + K)
-    N, S = len(xs), len(task.strategies)
-    found = torch.zeros(N * S, 2 * p.shape[1])
-    found.index_add_(0, torch.tensor([i * S + s for i, s in place]), torch.cat((p, p / alike), dim=1))
-    return found.T.reshape(2, -1, N, S)
+    p = torch.cat((log_base, log_likelihood(model, pairs)), dim=1).exp()  # (records, 1 + K)
+    found = torch.zeros(len(xs) * len(task.strategies), 2, p.shape[1])
+    found.index_add_(0, torch.tensor(place), torch.tensor(weights)[:, :, None] * p[:, None])
+    return found.permute(1, 2, 0).reshape(2, -1, len(xs), len(task.strategies))
 
 
 def exact_alignment(p, there, matching, kinds):

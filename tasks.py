@@ -7,6 +7,7 @@ A trace is a deterministic function of (x, strategy), but for its wording, if a 
 and answers are lists of string tokens; y is a sequence of steps, each closed by ';', then 'ans' and the answer.
 Strategy names exist to make the data for the base model and to score results; factorize.py never reads them.
 """
+import itertools
 import math
 import random
 import re
@@ -141,18 +142,29 @@ class Task:
             entropy += share * (nats - math.log(alike))
         return found, entropy
 
+    def ways(self, y):
+        """For every step of a canonical y, and for its answer, the equally likely ways to write it."""
+        if len(self.separators) == 1 and not self.commute:
+            return [[y]]
+        *steps, answer = " ".join(y).split(" ; ")
+        orders = [[step, *([other] if self.commute and (other := swapped(step)) != step else [])]
+                  for step in map(str.split, steps)]
+        return [*([[*order, end] for order in each for end in self.separators] for each in orders), [answer.split()]]
+
     def word(self, y, rng):
         """One wording of a canonical y, each equally likely, and the log of their number."""
-        if len(self.separators) == 1 and not self.commute:
-            return y, 0.0
-        worded, nats = [], 0.0
-        *steps, answer = " ".join(y).split(" ; ")
-        for step in map(str.split, steps):
-            if self.commute and (other := swapped(step)) != step:
-                step, nats = rng.choice((step, other)), nats + math.log(2)
-            worded += [*step, rng.choice(self.separators) if len(self.separators) > 1 else ";"]
-            nats += math.log(len(self.separators))
-        return worded + answer.split(), nats
+        ways = self.ways(y)
+        drawn = [each[0] if len(each) == 1 else rng.choice(each) for each in ways]
+        return list(itertools.chain(*drawn)), math.log(math.prod(map(len, ways)))
+
+    def wordings(self, y, rng, most=16):
+        """Wordings of a canonical y, each with how many it stands for: all of them, or as many as `most` that are
+        drawn."""
+        ways = self.ways(y)
+        n = math.prod(map(len, ways))
+        if n > most:
+            return [(self.word(y, rng)[0], n / most) for _ in range(most)]
+        return [(list(itertools.chain(*each)), 1.0) for each in itertools.product(*ways)]
 
     def canonical(self, y):
         """y with ';' after every step and, if they commute, the smaller one of two addends first."""

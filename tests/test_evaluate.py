@@ -2,6 +2,7 @@
 import dataclasses
 import itertools
 import math
+import random
 import statistics
 from types import SimpleNamespace
 
@@ -147,7 +148,7 @@ def test_what_the_router_knows_is_told_from_what_it_knows_of_the_kind():
         assert torch.allclose(by_router, want, atol=1e-6)
 
 
-def test_a_trace_is_as_probable_as_all_its_wordings_and_is_shared_by_strategies_that_coincide():
+def test_a_trace_is_as_probable_as_all_its_wordings_and_is_shared_by_strategies_that_coincide(monkeypatch):
     """Of base and factorization, a record and a z at a time; a strategy that the data lacks has 0."""
     task = dataclasses.replace(tasks.TASK_FUNCTIONS["list_summation"](2, 4), separators=(";", ","), commute=True,
                                distinct=False, weights={"2 numbers": [1, 1, 1], "3 numbers": [1, 1, 0],
@@ -160,27 +161,26 @@ def test_a_trace_is_as_probable_as_all_its_wordings_and_is_shared_by_strategies_
     for p in (*base.parameters(), *model.parameters()):
         p.requires_grad_(False).normal_(std=0.3)
     xs = [x.split() for x in ("3 5", "4 4", "1 2 3", "2 5 2", "3 5 2 7")]
-    #  wordings of a trace, over how many strategies leave it: of the addends, only different ones change places
-    factors = torch.tensor([[4 / 3, 4 / 3, 4 / 3], [2 / 3, 2 / 3, 2 / 3], [8, 16, 0], [16 / 2, 16 / 2, 0], [64, 0, 64]])
+    alike = torch.tensor([[3.0, 3, 3], [3, 3, 3], [1, 1, 0], [2, 2, 0], [1, 0, 1]])  # strategies that leave it, if any
 
     def log_p(network, prompt, rest):
         logp = network(torch.tensor([prompt + rest]))[0].double().log_softmax(dim=1)
         return sum(logp[len(prompt) + t - 1, token] for t, token in enumerate(rest))
 
-    logp_z = evaluate.router(model, tokenizer, xs)
+    logp_z, rng = evaluate.router(model, tokenizer, xs), random.Random(0)
     want = torch.zeros(2, 5, 3)
     for (i, x), s in itertools.product(enumerate(xs), range(3)):
-        rest = plain.record(x, task.trace(x, task.strategies[s]))[len(plain.prompt(x)):]
-        want[0, i, s] = log_p(base, plain.prompt(x), rest).exp() * factors[i, s]
-        want[1, i, s] = factors[i, s] * sum((logp_z[i, k] + log_p(model, tokenizer.prompt(x, k), rest)).exp()
-                                            for k in range(2))
+        for y in {tuple(task.word(task.trace(x, task.strategies[s]), rng)[0]) for _ in range(1000)}:
+            rest = plain.record(x, y)[len(plain.prompt(x)):]
+            of_model = sum((logp_z[i, k] + log_p(model, tokenizer.prompt(x, k), rest)).exp() for k in range(2))
+            want[:, i, s] += torch.tensor([log_p(base, plain.prompt(x), rest).exp(), of_model])
+    monkeypatch.setattr(tasks.Task.wordings, "__defaults__", (64,))
     p, parts = evaluate.strategy_probabilities(model, base, task, tokenizer, xs)
-    alike = torch.tensor([[3.0, 3, 3], [3, 3, 3], [1, 1, 1], [2, 2, 1], [1, 1, 1]])
     assert p.shape == (3, 5, 3) and torch.allclose(p, parts * alike)
     found = torch.stack((parts[0], torch.einsum("nk,kns->ns", logp_z.exp(), parts[1:])))
-    assert torch.equal(found == 0, (factors == 0).expand(2, 5, 3))
-    there = factors.expand(2, 5, 3) > 0
-    assert torch.allclose(found[there].log(), want[there].log(), atol=1e-3)
+    there = (alike > 0).expand(2, 5, 3)
+    assert torch.equal(found > 0, there)
+    assert torch.allclose((found * alike)[there].log(), want[there].log(), atol=1e-3)
 
 
 def test_exact_alignment_is_the_probability_that_forced_z_gives_its_strategy():
