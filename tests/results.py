@@ -31,6 +31,7 @@ SHARES = {  # name: (config of the run, of the base, flags of the base, of the r
     "equation_missing": ("equation_missing_discrete", "equation_missing_base", "", ""),
     "grid_worded": ("grid_discrete", "grid_base", SEPARATORS, ""),
     "equation_worded": ("equation_discrete", "equation_base", SEPARATORS, ""),
+    "addition_worded": ("addition_discrete", "addition_base", "--wordings=['separators','operands']", ""),
     "summation_worded": ("summation_discrete", "summation_base", "--wordings=['separators','operands']", ""),
     "grid_worded_skewed": ("grid_discrete", "grid_base", f"{SEPARATORS} {SKEWED}", ""),
     "grid_unfiltered": ("grid_discrete", "grid_base", ALL_AS_THEY_COME, ""),

@@ -63,7 +63,7 @@ def table(head, rows):
 
 def base_table():
     rows = []
-    for name, result in results("*_base_seed*.json").items():
+    for name, result in (results("*_base_seed*.json") | results("bases/*.json")).items():
         m = result["metrics"]
         shares = [value for key, value in m.items() if key.startswith("share_")]
         weights = result["config"]["strategy_weights"] or len(shares) * [1]
