@@ -98,7 +98,8 @@ def test_a_checkpoint_that_lacks_something_is_refused_in_one_line(workplace, key
 @pytest.mark.parametrize("kind, key, other", [("base", "best", "pool"), ("factorization", "pool", "best")])
 def test_a_state_that_lacks_something_is_refused_by_what_its_own_kind_needs(workplace, kind, key, other):
     keys = runs.KEYS["state"] | runs.OF_STATE[kind] - {key}
-    content = dict.fromkeys(keys, 0) | {"kind": "state", "config": {"task": "grid"} if kind == "base" else {"base": "b"}}
+    cfg = {"task": "grid"} if kind == "base" else {"base": "b"}
+    content = dict.fromkeys(keys, 0) | {"kind": "state", "config": cfg}
     runs.save("state_of_none.pt", content)
     fails(lambda: runs.load_checkpoint("state_of_none.pt", "state"), f"it lacks {key}")
     runs.save("state_of_none.pt", content | {key: 0})

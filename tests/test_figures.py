@@ -69,7 +69,8 @@ def test_an_evaluation_in_training_logs_what_its_alignment_is_made_of(workplace)
         assert C.shape == (2, 3) and alignment == pytest.approx(entry["alignment_one_to_one"])
     _, _, task, tokenizer, model, _ = evaluate.load_run("out/evaluated")
     xs = evaluate.different_inputs(task, 64, "validation")
-    assert evaluate.controlled(task, xs, evaluate.forced(model, tokenizer, xs, seed=3))[1].tolist() == C.tolist() and C.sum() > 0
+    again = evaluate.controlled(task, xs, evaluate.forced(model, tokenizer, xs, seed=3))[1]
+    assert again.tolist() == C.tolist() and C.sum() > 0
 
 
 def test_matching_shows_every_share_and_frames_the_strategy_of_each_latent(tmp_path, drawn):

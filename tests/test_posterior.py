@@ -477,8 +477,8 @@ def test_fair_coins_of_wording_are_not_taken_for_strategies():
     strategy = torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), n, replacement=True, generator=generator)
     coins, x_index = torch.randint(2, (n, 10), generator=generator).float(), torch.arange(n // 8).repeat_interleave(8)
     means = torch.randn(3, 24, generator=generator)
-    features = (3 * torch.randn(n // 8, 24, generator=generator)[x_index] + means[strategy]
-                + 0.6 * coins @ torch.randn(10, 24, generator=generator) + 0.3 * torch.randn(n, 24, generator=generator))
+    of_input, of_coin, noise = (torch.randn(rows, 24, generator=generator) for rows in (n // 8, 10, n))
+    features = 3 * of_input[x_index] + means[strategy] + 0.6 * coins @ of_coin + 0.3 * noise
     found = [search(features, x_index, 3, seeded(seed)) for seed in range(3)]
     assert share_right(min(found, key=lambda one: one[0])[1], strategy) > 0.98
 
