@@ -164,6 +164,19 @@ def runs_table(found, keys):
     return table(["run", "seeds", *keys.values(), "minutes"], rows)
 
 
+def tasks_table():
+    """Runs of the present recipe."""
+    rows = []
+    for name, result in results("tasks/*_discrete_*.json").items():
+        m = result["metrics"]
+        values = [m[key] for key in ("alignment_one_to_one", "local_strategy_full_coverage_rate", "exact_alignment",
+                                     "exact_alignment_error", "exact_full_coverage")]
+        values += [m["nll"] - m["base_nll"], m["nll_gap_of_valid"]]
+        rows.append([name, result["commit"], *(f"{value:.3f}" for value in values), f"{m['minutes']:.1f}"])
+    return table(["run", "commit", "alignment", "full coverage", "exact alignment", "standard error",
+                  "exact full coverage", "NLL gap", "NLL gap, valid y", "minutes"], rows)
+
+
 def rewrite_table():
     """Runs of the program after its rewrite; a cell is empty where a number has no meaning for the kind of z."""
     keys = {"alignment_one_to_one": "alignment", "sampled_z_probe_accuracy": "probe, sampled z",
@@ -301,7 +314,7 @@ def without(keys):
     return {key: title for key, title in COLUMNS.items() if key not in keys}
 
 
-TABLES = {"front": front_table, "rewrite": rewrite_table, "faults": faults_table, "bench": bench_table,
+TABLES = {"front": front_table, "tasks": tasks_table, "rewrite": rewrite_table, "faults": faults_table, "bench": bench_table,
           "steps": steps_table, "optimizer": lambda: bench_table(name="optimizer"), "profile": profile_table,
           "base": base_table, "clusters": clusters_table, "shares": shares_table, "traces": traces_table,
           "variants": variants_table, "two_tasks": two_tasks_table,
