@@ -241,7 +241,7 @@ def label_pool(model, q, pool, stage, cfg, share, rng):
     elif stage == "fixed labels":
         labels["log_r"] = F.log_softmax(cfg.fixed_label_power * out, dim=1)
     elif stage == "responsibilities":
-        # where the base is sure of the rest of y, no z has more to say of it
+        # the rest, of which the base is sure, tells little of z and takes most of the time
         scores = log_likelihood(model, pool.decided()) / cfg.tau + cfg.alpha * out
         labels["log_r"] = losses.balanced_responsibilities(scores, share.log())
     return labels

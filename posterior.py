@@ -323,9 +323,9 @@ def split(v, r, k, x_index, generator, starts=4):
     wordings have two values, too."""
     mu, noise = additive_model(v, r, x_index)
     rows = (r.argmax(dim=1) == k).nonzero()[:, 0]
-    found = [torch.cat((r, torch.zeros(len(r), 1)), dim=1)]
+    whole, found = torch.cat((r, torch.zeros(len(r), 1)), dim=1), []
     if len(rows) < 32:
-        return found[0]
+        return whole
     leading = components((noise + r @ mu)[rows], 40)
     for few in (8, 20, 40):
         u = leading[:, :few]
@@ -337,10 +337,10 @@ def split(v, r, k, x_index, generator, starts=4):
             slope = u.T @ p ** 3 / len(u)
             w = torch.where(fourth < 3, 3 * w - slope, 1.5 * w - 0.5 * slope / fourth)
         for over in (u @ w > 0).T:
-            two = found[0].clone()
+            two = whole.clone()
             two[rows[over], -1], two[rows[over], k] = r[rows[over], k], 0
             found.append(two)
-    return min(found[1:], key=lambda each: spread(v[:, :40], each, x_index))
+    return min(found, key=lambda each: spread(v[:, :40], each, x_index))
 
 
 def refine(v, r, x_index, exclusive=False):

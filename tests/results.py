@@ -94,11 +94,13 @@ def finish(path, name, command):
 
 
 def make(group):
-    """A base and the runs on it, path -> Run."""
+    """A base and the runs on it, path -> Run; whether all are made."""
+    made = []
     for path, run in group.items():
         if run.base and not finish(f"bases/{run.base}", run.base, ["train_base.py", *run.of_base.split()]):
-            return
-        finish(path, run.name, [*run.command, f"--base={run.of_base}"])
+            return False
+        made.append(finish(path, run.name, [*run.command, f"--base={run.of_base}"]))
+    return all(made)
 
 
 def main(argv):
@@ -111,7 +113,7 @@ def main(argv):
         groups.setdefault(run.of_base, {})[path] = run
     if "--list" not in argv:
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(make, groups.values()))
+            sys.exit(not all(list(pool.map(make, groups.values()))))
 
 
 if __name__ == "__main__":
