@@ -315,7 +315,8 @@ def without(keys):
 
 
 TABLES = {"front": front_table, "tasks": tasks_table, "rewrite": rewrite_table, "faults": faults_table,
-          "bench": bench_table, "steps": steps_table, "optimizer": lambda: bench_table(name="optimizer"), "profile": profile_table,
+          "bench": bench_table, "steps": steps_table, "optimizer": lambda: bench_table(name="optimizer"),
+          "profile": profile_table,
           "base": base_table, "clusters": clusters_table, "shares": shares_table, "traces": traces_table,
           "variants": variants_table, "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
