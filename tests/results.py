@@ -23,7 +23,7 @@ SEPARATORS, ALL_AS_THEY_COME = "--wordings=['separators']", "--distinct_inputs=F
 SHARES = {  # name: (config of the run, of the base, flags of the base, of the run)
     "grid_skewed": ("grid_discrete", "grid_base", SKEWED, ""),
     "equation_skewed": ("equation_discrete", "equation_base", SKEWED, ""),
-    "summation_skewed": ("summation_discrete", "summation_base", SKEWED, ""),
+    "summation_skewed": ("summation_discrete", "summation_base", f"{SKEWED} --steps=6000", ""),
     "sorting_skewed": ("sorting_discrete", "sorting_base", "--strategy_weights=[0.4,0.25,0.2,0.1,0.05]", ""),
     "grid_rare": ("grid_discrete", "grid_base", RARE, FEW),
     "equation_rare": ("equation_discrete", "equation_base", RARE, FEW),
