@@ -40,6 +40,24 @@ SHARES = {  # name: (config of the run, of the base, flags of the base, of the r
 }
 
 
+VARIED = {"grid": (700, 300, 380), "equation": (700, 300, 380), "sorting": (1700, 600, 1060)}  # steps of the recipe
+ELBO = "--cluster_inputs=0 --fixed_label_steps=0 --responsibility_steps=0 --posterior=full"  # and nothing else
+VARIANTS = {  # of the recipe, on as many pairs; {before}: steps before the ELBO, {rest}: those after fixed labels
+    "no_clusters": "--cluster_inputs=0 --fixed_label_steps=0 --responsibility_steps={before}",
+    "no_responsibilities": "--fixed_label_steps={before} --responsibility_steps=0",
+    "no_elbo": "--responsibility_steps={rest}",
+    "full": "--posterior=full",
+    "no_support": "--router_support_weight=0",
+    "token_weighted": "--token_weighted_weight=1",
+    "entropy": "--posterior_entropy_weight=0.1",
+    "marginal": "--router_marginal_kl_weight=1",
+    "jsd": "--jsd_weight=1",
+    "elbo": f"{ELBO} --router_support_weight=0",
+    "elbo_all": f"{ELBO} --token_weighted_weight=1 --posterior_entropy_weight=0.1 --router_marginal_kl_weight=1 "
+                "--jsd_weight=1",
+}
+
+
 class Run(NamedTuple):
     name: str
     of_base: str  # `base` as a config has it: the config of the base, and flags
@@ -65,6 +83,11 @@ def all_runs():
         for name, (config, base_config, base_flags, flags) in SHARES.items():
             add("shares", f"{name}_discrete_seed{seed}", name, f"configs/{base_config}.py", base_flags, seed,
                 ["factorize.py", f"configs/{config}.py", f"--seed={seed}", *flags.split()])
+        for task, (steps, fixed, balanced) in VARIED.items():
+            for name, flags in VARIANTS.items():
+                flags = flags.format(before=fixed + balanced, rest=steps - fixed).split()
+                add("variants", f"{task}_{name}_seed{seed}", task, f"configs/{task}_base.py", "", 0,
+                    ["factorize.py", f"configs/{task}_discrete.py", f"--seed={seed}", *flags])
         add("shares", f"two_tasks_discrete_seed{seed}", "two_tasks", "tests/two_tasks_base.py", "", seed,
             ["tests/baselines.py", "two_tasks", "tests/two_tasks_discrete.py", f"--seed={seed}"])
     return found

@@ -212,11 +212,14 @@ def two_tasks_table():
 
 
 def clusters_table():
-    keys = {"kmeans_raw": "k-means", "kmeans_centred": "k-means, centred within x",
-            "linear_posterior": "the recipe's posterior"}
-    rows = [[name.replace("_seed", ", seed "), *(f"{result['metrics'][key]:.3f}" for key in keys)]
-            for name, result in results("clusters/*.json").items()]
-    return table(["task", *keys.values()], rows)
+    """Share of the responses in the right cluster, K told; which K is found; on how many responses halves agree."""
+    mixtures, rows = ("equal", "falling", "own", "reversed", "missing", "rare"), []
+    for name, result in results("clusters/*.json").items():
+        m = result["metrics"]
+        rows.append([name.replace("_seed", ", seed "), *(f"{m[f'kmeans_{key}']:.3f}" for key in ("raw", "centred")),
+                     *(f"{m[f'{key}_right']:.3f}, {m[f'{key}_k'] or 'none'}, {m[f'{key}_halves']:.0%}"
+                       for key in mixtures)])
+    return table(["task", "k-means", "k-means, centred within x", *mixtures], rows)
 
 
 def shares_table():
