@@ -83,6 +83,10 @@ def all_runs():
         for name, (config, base_config, base_flags, flags) in SHARES.items():
             add("shares", f"{name}_discrete_seed{seed}", name, f"configs/{base_config}.py", base_flags, seed,
                 ["factorize.py", f"configs/{config}.py", f"--seed={seed}", *flags.split()])
+        for name in ("grid_skewed", "grid_routed"):
+            _, base_config, base_flags, _ = SHARES[name]
+            add("shares", f"{name}_continuous_seed{seed}", name, f"configs/{base_config}.py", base_flags, seed,
+                ["factorize.py", "configs/grid_continuous.py", f"--seed={seed}"])
         for task, (steps, fixed, balanced) in VARIED.items():
             for name, flags in VARIANTS.items():
                 flags = flags.format(before=fixed + balanced, rest=steps - fixed).split()

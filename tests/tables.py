@@ -225,7 +225,7 @@ def clusters_table():
 def shares_table():
     """Runs on bases of unequal shares, which nothing told."""
     rows = []
-    for name, result in results("shares/*.json").items():
+    for name, result in results("shares/*_discrete_seed*.json").items():
         m = result["metrics"]
         keys = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "base_kind_information",
                 "router_kind_information", "strategy_total_variation_per_input")
@@ -321,6 +321,7 @@ TABLES = {"front": front_table, "tasks": tasks_table, "rewrite": rewrite_table, 
           "bench": bench_table, "steps": steps_table, "optimizer": lambda: bench_table(name="optimizer"),
           "profile": profile_table,
           "base": base_table, "clusters": clusters_table, "shares": shares_table, "traces": traces_table,
+          "shares_continuous": lambda: runs_table(results("shares/*_continuous_seed*.json"), CONTINUOUS),
           "variants": variants_table, "two_tasks": two_tasks_table,
           "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
           "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
