@@ -368,6 +368,20 @@ def test_searches_go_on_until_all_agree(monkeypatch, odd, searches, made):
     assert sorted(called) == [(n, 7000 + j) for n in (8, 9, 17) for j in range(made)] and found.agreement == 1
 
 
+def test_more_clusters_than_responses_have_are_no_obstacle():
+    """Some are empty; what an empty one adds is nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x_index = torch.arange(136) // 3
+    x_index = x_index.clamp(max=44)
+    found = cluster_responses(torch.randn(136, 64, generator=generator), x_index, 20, seed=0, searches=1)
+    assert found.r.shape == (136, 20) and torch.allclose(found.r.sum(dim=1), torch.ones(136), atol=1e-4)
+    r = F.one_hot(torch.randint(3, (136,), generator=generator), 5).float()
+    v = torch.randn(136, 8, generator=generator)
+    v = v - posterior.mean_of_input(v, x_index)
+    (mu, noise), (few, same) = additive_model(v, r, x_index), additive_model(v, r[:, :3], x_index)
+    assert torch.allclose(noise, same, atol=1e-5) and torch.allclose(mu[:3], few, atol=1e-5) and mu[3:].abs().max() < 1e-5
+
+
 def test_the_additive_model_is_least_squares_with_a_dummy_variable_for_every_input():
     """Of memberships in part, on inputs of 2 to 5 responses: mu up to a constant, and the noise, which is orthogonal to
     memberships and inputs; with r @ mu it is what lies about mu, without what the input adds."""
