@@ -168,11 +168,11 @@ def exact_alignment(p, there, matching, kinds):
             own[:, s] = p[z, :, s]
     left_over = max(0, len(matching) - int(there.any(dim=0).sum()))
     alignment = (own * there).sum(dim=1) / (there.sum(dim=1) + left_over)
-    by_kind = {kind: [i for i, each in enumerate(kinds) if each == kind] for kind in sorted(set(kinds))}
+    by_kind = {kind: [i for i, each in enumerate(kinds) if each == kind] for kind in sorted(set(kinds), key=str)}
     return {"exact_alignment": alignment.mean().item(),
             "exact_alignment_error": alignment.std(correction=0).item() / math.sqrt(max(1, len(alignment) - 1)),
             "exact_full_coverage": own.where(there, 1.0).prod(dim=1).mean().item(),
-            **{f"exact_alignment_{kind.replace(' ', '_')}": alignment[rows].mean().item()
+            **{f"exact_alignment_on_{str(kind).replace(' ', '_')}": alignment[rows].mean().item()
                for kind, rows in by_kind.items() if len(by_kind) > 1}}
 
 
@@ -189,7 +189,7 @@ def router_at_work(logp_z, p_model, p_base, kinds):
     """What the router knows of x, in nats: I(x; z) of log p(z|x) (N, K), and I(kind; z); and what the base's strategies
     say of the input's kind, I(kind; strategy), from p(y|x) of every trace (N, S). kinds: the kind of every x. Returns
     (metrics, names of the kinds, p(z|kind), p(strategy|kind))."""
-    names = sorted(set(kinds))
+    names = sorted(set(kinds), key=str)
     of_kind = F.one_hot(torch.tensor([names.index(kind) for kind in kinds]), len(names)).float()  # (N, kinds)
     p_z, p_s = logp_z.exp(), p_base / p_base.sum(dim=1, keepdim=True).clamp(min=1e-30)
     router, base = ((of_kind / of_kind.sum(dim=0)).T @ p for p in (p_z, p_s))
@@ -315,7 +315,8 @@ def semantics(means, labels, x_index, z, found, task, seed):
     (n,), to inputs x_index (n,), and in z (N, samples, D) from the router with the strategies `found` under it."""
     S, permute, metrics = len(task.strategies), seeded(seed), {}
     sampled_x, z, found = torch.arange(len(z)).repeat_interleave(z.shape[1]), z.flatten(0, 1), indices(task, found)
-    for name, args in (("posterior_mu", (means, labels, x_index, S)), ("sampled_z", (z, found, sampled_x, S))):
+    probes = ("posterior_mu", (means, labels, x_index, S)), ("sampled_z", (z, found, sampled_x, S))
+    for name, args in probes if sampled_x.max() > 0 else ():  # of a single input, none is left to score them on
         metrics[f"{name}_probe_accuracy"] = linear_probe(*args)
         metrics[f"{name}_probe_accuracy_control"] = linear_probe(*args, permute)
     both = sorted(set(labels.tolist()) & set(found.tolist()) - {-1})
@@ -359,18 +360,30 @@ def strategies_of(task, tokenizer, pairs):
 
 def one_to_one_matching(C):
     """C (K, S) -> (score, matching): the largest sum of C[z, matching[z]] over matchings in which no column serves two
-    rows; matching[z] is None for a row left over where K > S. Exact: for every set of columns, as the bits of a number,
-    the best way to serve them by the rows so far. A row needs no more columns than its K best: others take K - 1."""
-    best = {0: (0.0, [])}
-    for row in C.tolist():
-        before, best = best, {}
-        columns = sorted(range(len(row)), key=lambda s: -row[s])[:len(C)]
-        for used, (total, matching) in before.items():
-            for s, value in [(None, 0.0), *((s, row[s]) for s in columns)]:
-                bit = 0 if s is None else 1 << s
-                if not used & bit and total + value > best.get(used | bit, (-1,))[0]:
-                    best[used | bit] = (total + value, [*matching, s])
-    return max(found for used, found in best.items() if used.bit_count() == min(C.shape))
+    rows; matching[z] is None for a row left over where K > S. The Hungarian method by shortest augmenting paths (Crouse
+    2016): one row after the other is served, and others move to the columns where that costs least."""
+    cost = -(C if len(C) <= C.shape[1] else C.T).double()
+    (n, m), owner = cost.shape, cost.shape[1] * [-1]  # owner: the row that a column serves
+    u, v = cost.new_zeros(n), cost.new_zeros(m)  # potentials
+    for row in range(n):
+        least, before, done = cost.new_full((m,), math.inf), m * [-1], cost.new_zeros(m).bool()
+        i, j, reached = row, -1, 0.0
+        while i >= 0:
+            step = (reached + cost[i] - u[i] - v).where(~done, math.inf)
+            for column in (step < least).nonzero()[:, 0].tolist():
+                least[column], before[column] = step[column], j
+            j = int(least.where(~done, math.inf).argmin())
+            done[j], i, reached = True, owner[j], least[j].item()
+        u[row] += reached
+        for column in done.nonzero()[:, 0].tolist():
+            v[column] -= reached - least[column]
+            if owner[column] >= 0:
+                u[owner[column]] += reached - least[column]
+        while j >= 0:
+            owner[j], j = (row if before[j] < 0 else owner[before[j]]), before[j]
+    pairs = [(i, j) if cost.shape == C.shape else (j, i) for j, i in enumerate(owner) if i >= 0]
+    matching = dict(pairs)
+    return sum(C[z, s].item() for z, s in pairs), [matching.get(z) for z in range(len(C))]
 
 
 def load_run(folder):
@@ -395,7 +408,7 @@ SHOWN = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutati
          "base_nll", "nll_of_mean_router", "router_information", "base_kind_information", "posterior_alignment",
          # what is known without strategy names
          "cluster_collisions", "cluster_agreement", "cluster_halves", "posterior_mutual_information",
-         "distinct_outputs", "consistency", "minutes")
+         "distinct_outputs", "consistency", "test_inputs", "minutes")
 
 
 def evaluate(folder, seed=0):
@@ -443,7 +456,7 @@ def evaluate(folder, seed=0):
         figures.draw_router(*by_kind, matching, task.strategies, os.path.join(folder, "router.png"))
     for name in SHOWN:
         if name in metrics:
-            print(f"{name:36s} {metrics[name]:.3f}")
+            print(f"{name:36s} {round(metrics[name], 3) + 0.0:.3f}")  # no -0.000
     if C is not None:
         meanings = [f"<z{k + 1}> {'none' if s is None else f'{task.strategies[s]} ({C[k, s]:.2f})'}"
                     for k, s in enumerate(matching)]
@@ -477,7 +490,9 @@ def sample_traces(run, x, seed):
 
 
 def trace_lines(task, y):
-    """A solution y as lines of text, a step each."""
+    """A solution y as lines of text, a step each; where tokens are characters, as it is."""
+    if task.tokens is list:
+        return [task.text(y[i:i + 60]) for i in range(0, len(y), 60)] or [""]
     lines = task.text(y).replace(" ans", "\nans").replace(" ; ", "\n").split("\n")
     return [part for line in lines for part in textwrap.wrap(line.strip(" ;"), 60) or [""]]
 
@@ -544,6 +559,8 @@ def answer(argv):
         if not re.fullmatch(r"--show=[1-9][0-9]*|--x=.+", flag, re.DOTALL):
             fail(f"unknown or incomplete flag '{flag}'; known: --show=N, --x=\"...\"")
     if not flags:
+        if not os.path.exists(checkpoint := os.path.join(folder, "ckpt.pt")):
+            runs.load_checkpoint(checkpoint, "factorization")  # says so, and claims no folder that is not a run's
         with runs.claim(folder):  # no other program replaces the checkpoint meanwhile
             evaluate(folder)
     for key, value in (flag.split("=", 1) for flag in flags):

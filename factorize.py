@@ -90,7 +90,7 @@ class Config:
     # running
     seed: int = 0  # of weights, data and clusters
     threads: int = 0  # CPU threads; 0: as many as there are cores
-    device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
+    device: str = "cpu"  # "cuda", "cpu", or "auto": CUDA if it is there
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; bfloat16 if on CUDA
     save_every: Count = 100  # steps between saved states, from which an interrupted run can go on
     resume: bool = False  # go on from the last saved state, of the base's training, too
@@ -284,7 +284,7 @@ def factorize(cfg):
     with runs.Run(cfg) as run:
         base, task, base_checkpoint = train_base.get_base(base_cfg, cfg.base)
         torch.manual_seed(cfg.seed)  # the base may have been trained just now, or long ago
-        run.begin()
+        run.begin(task.data)
         q = Posterior(base, cfg.n_latents, cfg.posterior, cfg.z_dim)
         share, found = run.state["clusters"] if run.state else find_clusters(run, q, base, task)
         if run.state:
@@ -297,6 +297,8 @@ def factorize(cfg):
         if run.state:
             pool, labels = resume(run, model, q, optimizers, base_checkpoint)
         c_base = base_checkpoint["c_base"]
+        if c_base <= 0:
+            fail("the base is sure of every y: there is nothing to factorize")
         bar = run.steps()
         for step in bar:
             set_learning_rates(optimizers, step, cfg)

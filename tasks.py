@@ -109,7 +109,7 @@ class Task:
             return {s: labels.count(s) / len(labels) for s in self.strategies if s in labels}
         row = self.weights[self.kind(x)] if isinstance(self.weights, dict) else self.weights
         row = row or len(self.steps) * [1.0]
-        return {s: w / sum(row) for s, w in zip(self.strategies, row) if w}
+        return {s: w / sum(row) for s, w in zip(self.strategies, row) if w / sum(row)}
 
     def trace(self, x, strategy):
         """The solution y of x by `strategy`: its steps, then the answer; of all wordings the canonical one."""
@@ -202,9 +202,9 @@ class Task:
             return Parsed(None, None, "no answer section")
         cut = y.index("ans")
         body, answer = y[:cut], y[cut + 1:]
-        if not body or body[-1] != ";":
+        if body and body[-1] != ";":
             return Parsed(None, None, "the steps do not end with ';'")
-        steps = [step.split() for step in " ".join(body[:-1]).split(" ; ")]
+        steps = [step.split() for step in " ".join(body[:-1]).split(" ; ")] if body else []  # nothing was to be done
         if not all(steps) or any(";" in step for step in steps):
             return Parsed(None, None, "empty step")
         if not answer or any(t in (";", "ans") or t not in self.vocab for t in answer):
@@ -592,8 +592,7 @@ def traces_task(path):
     tokens, records = list if chars else str.split, {}
     for row in rows:
         records.setdefault(row.x, []).append(row)
-    task = Task(path, (), draw=lambda rng: tokens(rng.choice(rows).x), check=lambda x: None,
-                answer=lambda x: next((tokens(row.answer) for row in task.records_of(x) if row.answer), None),
+    task = Task(path, (), draw=lambda rng: tokens(rng.choice(rows).x), check=lambda x: None, answer=lambda x: None,
                 steps=dict.fromkeys(sorted({row.strategy for row in rows} - {None})),
                 distinct=False, records=records, tokens=tokens)
     reserved = re.compile("|".join(SPECIALS) + "|<z[0-9]+>")
@@ -610,6 +609,8 @@ TASKS = {name: task() for name, task in TASK_FUNCTIONS.items()}
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
     any_terminal()
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        sys.exit(print(__doc__))
     for path in sys.argv[1:]:
         task = traces_task(path)
         traces.describe(task.records, task.vocab, task.tokens, task.split)

@@ -52,7 +52,7 @@ class Config:
     final_eval_size: Count = 2000  # the same, after training
     seed: int = 0  # of weights and data
     threads: int = 0  # CPU threads; 0: as many as there are cores
-    device: str = "cpu"  # "cuda", "mps", "cpu", or "auto": the first of them that is there
+    device: str = "cpu"  # "cuda", "cpu", or "auto": CUDA if it is there
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on CUDA alone
     save_every: Count = 500  # steps between saved states, from which an interrupted run can go on
     resume: bool = False  # go on from the last saved state, if there is one
@@ -71,7 +71,11 @@ def make_task(cfg):
         fail(f"config key 'task': there is neither a file nor a task '{name}'; tasks: {', '.join(TASKS)}")
     if not all(wording in ("separators", "operands") for wording in wordings):
         fail(f"config key 'wordings' is a list of 'separators' and 'operands', got {wordings!r}")
+    if "separators" in wordings and "," in TASKS[name].vocab:
+        fail(f"config key 'wordings': 'separators' needs the token ',', which {name} has already")
     try:
+        if any(size < 0 for size in sizes.values() if isinstance(size, int)):
+            raise ValueError("a size is at least 0")
         task = dataclasses.replace(TASK_FUNCTIONS[name](**sizes), commute="operands" in wordings,
                                    distinct=cfg["distinct_inputs"])
         if "separators" in wordings:
@@ -92,7 +96,7 @@ def with_weights(task, weights):
     """The task with a mixture of its own: `strategy_weights` of a base's config."""
     S, rng = len(task.strategies), random.Random(0)
     if isinstance(weights, dict) and set(weights) != (kinds := {task.kind(task.sample_input(rng)) for _ in range(500)}):
-        fail(f"config key 'strategy_weights' has a row for every kind of input: {', '.join(sorted(kinds))}")
+        fail(f"config key 'strategy_weights' has a row for every kind of input: {', '.join(sorted(map(str, kinds)))}")
     for row in weights.values() if isinstance(weights, dict) else [] if weights is None else [weights]:
         if (type(row) is not list or len(row) != S
                 or not all(type(w) in (int, float) and 0 <= w <= 1e9 for w in row) or sum(row) <= 0):
@@ -123,6 +127,12 @@ def check_lengths(records, block_size):
         fail(f"config key 'block_size': a record of {longest} tokens exceeds {block_size}")
 
 
+def check_file(task, block_size):
+    for row in itertools.chain(*(task.records or {}).values()):
+        if (length := len(task.tokens(row.x)) + len(task.tokens(row.y)) + 6) > block_size:
+            fail(f"{task.name}, line {row.line}: a record of {length} tokens exceeds block_size {block_size}")
+
+
 @torch.no_grad()
 def validate(model, task, tokenizer, size, seed, split):
     """Held-out NLL (nats a sequence) and what `size` sampled solutions look like to the task's own validator."""
@@ -137,12 +147,12 @@ def validate(model, task, tokenizer, size, seed, split):
 
 
 def score_answers(task, xs, ys):
-    """Shares of solutions that parse, and that also end in the true answer; of a file, the latter of those x whose
-    answer it tells."""
+    """Shares of solutions that parse, and that also end in the true answer; of a file, the latter of those x of which it
+    tells answers, any of which is right."""
     if task.records is not None:
         before = ["ans"] * ("ans" in task.vocab)  # else the answer 2 3 would be right where 1 2 3 is said
-        right = [([""] + y)[-len(end):] == end for x, y in zip(xs, ys)
-                 if task.answer(x) and (end := before + task.answer(x))]
+        ends = [[before + task.tokens(r.answer) for r in task.records_of(x) if r.answer] for x in xs]
+        right = [any(([""] + y)[-len(end):] == end for end in own) for y, own in zip(ys, ends) if own]
         return {"final_answer_accuracy": sum(right) / len(right)} if right else {}
     parsed = [task.parse(y) for y in ys]
     return {"parse_success": sum(p.reason is None for p in parsed) / len(xs),
@@ -184,9 +194,7 @@ def check(cfg, task):
     each = task.solutions_each
     if cfg.batch_size < each:
         fail(f"config key 'batch_size' must hold one record of each strategy, at least {each}")
-    for row in itertools.chain(*(task.records or {}).values()):
-        if (length := len(task.tokens(row.x)) + len(task.tokens(row.y)) + 6) > cfg.block_size:
-            fail(f"{cfg.task}, line {row.line}: a record of {length} tokens exceeds block_size {cfg.block_size}")
+    check_file(task, cfg.block_size)
     for split in ("train", "validation", "test"):  # of the last two those inputs that `validate` draws
         rng, n_inputs = random.Random(f"validation {cfg.seed}"), math.ceil(cfg.final_eval_size / each)
         check_lengths(record_batch(task, Tokenizer(task.vocab), rng, n_inputs, split)[0], cfg.block_size)
@@ -199,14 +207,11 @@ def train(cfg):
     task = make_task(vars(cfg))
     check(cfg, task)
     tokenizer = Tokenizer(task.vocab)
-    model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
-    parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
     with runs.Run(cfg) as run:
-        run.begin()
+        run.begin(task.data)
+        model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
+        parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
         if run.state:
-            if run.state["data"] != task.data:
-                fail(f"'{run.folder}' was begun with other records than '{cfg.task}' has now: start again by "
-                     "--overwrite=True")
             runs.restore(run.state, model, optimizers)
         best = run.state["best"] if run.state else {"nll": math.inf}  # the weights of least validation loss
         bar = run.steps()
@@ -223,12 +228,11 @@ def train(cfg):
                 say(f"{cfg.name} step {step + 1}/{cfg.steps}: loss {loss:.3f}, held-out {scores['nll']:.3f}{floor}, "
                     f"valid traces {scores['valid_trace_rate']:.3f}, "
                     f"{run.minutes * (cfg.steps / (step + 1) - 1):.1f} min left")
-                if not scores["nll"] >= best["nll"]:
+                if scores["nll"] < best["nll"] or "model" not in best:
                     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
                     best = {"nll": scores["nll"], "step": step + 1, "model": weights}
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {
-                "best": best, "data": task.data})
+            run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {"best": best})
         model.load_state_dict(best["model"])
         if scores["nll"] > 1.01 * best["nll"]:
             say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to "
@@ -240,10 +244,9 @@ def train(cfg):
         if scores["valid_trace_rate"] < 0.9:
             say(f"{cfg.name}: {1 - scores['valid_trace_rate']:.0%} of its samples are not among the traces of its data."
                 " That is far, unless a file has only some of the solutions of an x")
-        runs.write_result(run.folder, dataclasses.asdict(cfg), run.made_with, scores)
         run.finish({"kind": "base", "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
                     "model": model.state_dict(), "vocab": list(task.vocab), "data": task.data,
-                    "c_base": c_base})
+                    "c_base": c_base}, scores)
 
 
 def load_base(path):
@@ -259,6 +262,7 @@ def build_base(checkpoint):
         fail(f"the base was trained on another vocabulary than that of {task.name}")
     if checkpoint.get("data") != task.data:
         say(f"the file '{task.name}' has other records than when the base was trained")
+        check_file(task, checkpoint["config"]["block_size"])
     model = GPT(GPTConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
     return model.requires_grad_(False).eval(), task

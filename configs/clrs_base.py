@@ -2,4 +2,4 @@
 # four sorting algorithms as the CLRS benchmark records them: a file of traces
 task = "tests/data/clrs_sorts.jsonl.gz"
 block_size = 208
-batch_size = 64
+steps = 7000

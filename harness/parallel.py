@@ -28,8 +28,7 @@ def start(n_threads, device="cpu", precision="float32"):
     if torchrun started some. How many threads there are changes no result by a bit."""
     global rank, processes, threads, kind, bfloat16
     any_terminal()
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here = [each for each in there if there[each]]
+    here = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     if device not in ("auto", *here):
         fail(f"config key 'device' is 'auto' or, on this machine, {' or '.join(here)}; got '{device}'")
     kind = here[0] if device == "auto" else device
@@ -125,12 +124,11 @@ def add_up(parts):
     """parts: for each chunk of this process a tuple of tensors, or None in the place of one; taken as they come, none
     is kept. Their sums over the chunks of all processes, in double precision: so the order, which the number of
     processes changes, changes no result."""
-    wide = torch.float32 if kind == "mps" else torch.float64  # which mps has not
     totals = None
     for part in parts:
         if totals is None:
             dtypes = [None if tensor is None else tensor.dtype for tensor in part]
-            totals = [None if tensor is None else tensor.to(wide, copy=True) for tensor in part]
+            totals = [None if tensor is None else tensor.to(torch.float64, copy=True) for tensor in part]
         else:
             for total, tensor in zip(totals, part):
                 if total is not None:

@@ -24,18 +24,18 @@ from tqdm import tqdm
 from harness import parallel
 from harness.config import fail, say
 
-VERSIONS = {"base": 3, "factorization": 5, "state": 5}  # of what a checkpoint of each kind holds; no other is read
+VERSIONS = {"base": 3, "factorization": 5, "state": 6}  # of what a checkpoint of each kind holds; no other is read
 KEYS = {"base": {"config", "model_config", "model", "vocab", "c_base"},
         "factorization": {"config", "model_config", "model", "base", "posterior", "last_log", "clusters", "made_with",
                           "minutes"},
-        "state": {"config", "step", "log_lines", "minutes", "made_with", "model", "optimizers"}}
-OF_STATE = {"base": {"best", "data"}, "factorization": {"posterior", "c_base", "pool", "labels", "clusters"}}
+        "state": {"config", "step", "log_lines", "minutes", "made_with", "data", "model", "optimizers"}}
+OF_STATE = {"base": {"best"}, "factorization": {"posterior", "c_base", "pool", "labels", "clusters"}}
 
 
 class Run:
     """The run of a config in out/<name>. `with Run(cfg) as run:` refuses a folder that holds another run, unless cfg
     says to go on with it or to start again, and listens for signals until the end. run.state is what an interrupted run
-    saved, or None. run.begin() comes first, run.end_of_step(...) after every step, run.finish(checkpoint) last."""
+    saved, or None. run.begin(data) comes first, run.end_of_step(...) after every step, run.finish(...) last."""
 
     def __init__(self, cfg):
         self.cfg, self.folder, self.signals, self.stepping = cfg, os.path.join("out", cfg.name), [], False
@@ -68,6 +68,8 @@ class Run:
             signal.signal(s, handler)
         if isinstance(error, OSError):  # the log, on a full disk
             fail(f"{self.cfg.name}: {error}; what was saved before is as it was")
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in str(error):
+            fail(f"{self.cfg.name}: there is not enough memory; more chunks, or a smaller model, need less")
         if kind is None and self.signals:  # during the last step
             sys.exit(128 + self.signals[0])
 
@@ -94,14 +96,18 @@ class Run:
                          f"{value!r}; --overwrite=True starts again")
             return state
         if self.cfg.resume and not self.cfg.overwrite and os.path.exists(self.path("ckpt.pt")):
-            fail(f"'{self.folder}' holds a finished run and no saved state to go on from: python evaluate.py "
-                 f"{self.folder} evaluates a factorization, --overwrite=True starts again")
+            evaluates = "" if hasattr(self.cfg, "task") else f"python evaluate.py {self.folder} evaluates it, "
+            fail(f"'{self.folder}' holds a checkpoint and no saved state to go on from: {evaluates}--overwrite=True "
+                 "starts again")
         there = any(map(os.path.exists, map(self.path, ("log.jsonl", "ckpt.pt", "state.pt", "result.json"))))
         if there and not self.cfg.resume and not self.cfg.overwrite:
             fail(f"'{self.folder}' holds a run already; --resume=True goes on with it, --overwrite=True starts again")
 
-    def begin(self):
-        """Makes the folder, or takes its log back to the saved state."""
+    def begin(self, data):
+        """Makes the folder, or takes its log back to the saved state, which must be of the same data (tasks.Task)."""
+        self.data = data
+        if self.state and self.state["data"] != data:
+            fail(f"'{self.folder}' was begun with other records than the file has now: --overwrite=True starts again")
         self.started = time.time() - 60 * (self.state["minutes"] if self.state else 0)
         parallel.barrier()  # until every process has seen what was there
         if parallel.rank:
@@ -111,9 +117,9 @@ class Run:
             os.remove(self.state_path)
         lines = []
         if self.state:
-            with open(self.path("log.jsonl")) as f:
+            with open(self.path("log.jsonl"), "rb") as f:
                 lines = f.readlines()[:self.state["log_lines"]]
-        write(self.path("log.jsonl"), lambda f: f.write("".join(lines).encode()))
+        write(self.path("log.jsonl"), lambda f: f.writelines(lines))
         write_json(self.path("config.json"), dataclasses.asdict(self.cfg))
         self.log_file = open(self.path("log.jsonl"), "a")
 
@@ -153,16 +159,19 @@ class Run:
             log_lines = len(f.readlines())
         save(self.state_path, {"kind": "state", "config": dataclasses.asdict(self.cfg), "step": done,
                                "log_lines": log_lines, "minutes": self.minutes, "made_with": self.made_with,
-                               **content()})
+                               "data": self.data, **content()})
         if received:
             say(f"{self.cfg.name}: stopped after step {done} of {self.cfg.steps}; the same command with "
                 "--resume=True goes on")
             sys.exit(128 + received[0])
 
-    def finish(self, checkpoint):
-        """The run is complete: its checkpoint takes the place of the state to go on from."""
+    def finish(self, checkpoint, metrics=None):
+        """The run is complete: its checkpoint, and its result if there are metrics, take the place of the state to go
+        on from."""
         self.log_file.close()
         save(self.path("ckpt.pt"), checkpoint)
+        if metrics:
+            write_result(self.folder, dataclasses.asdict(self.cfg), self.made_with, metrics)
         if parallel.rank == 0 and os.path.exists(self.state_path):
             os.remove(self.state_path)
         parallel.barrier()  # until the checkpoint is there for every process
@@ -181,7 +190,7 @@ def claim(folder):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fail(f"process {holder} is at work in '{folder}'")
+            fail(f"process {holder or 'of another program'} is at work in '{folder}'")
         except OSError:
             pass
         lock.truncate(0)

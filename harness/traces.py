@@ -73,15 +73,19 @@ def vocabulary(path, records, tokens, split, reserved):
     -> "train", "validation" or "test"; reserved: a pattern of tokens that are no file's. Ends the program with one line
     on such a token, on one that training inputs lack, and on a split without inputs."""
     first = {"train": {}, "validation": {}, "test": {}}  # token -> the line it is first seen in
+    count = dict.fromkeys(first, 0)
     for record in records:
         x = tokens(record.x)
-        seen = first[split(x)]
+        name = split(x)
+        seen, count[name] = first[name], count[name] + 1
         for token in {*x, *tokens(record.y), *tokens(record.answer or "")} - seen.keys():
             seen[token] = record.line
     for name, seen in first.items():
         if not seen:
             fail(f"{path}: it has no {name} inputs; of its {len({record.x for record in records})} different x, 85% are"
                  " for training, 5% for validation, 10% for tests")
+        if 10_000 * count[name] < len(records):
+            fail(f"{path}: only {count[name]} of {len(records)} records are of {name} inputs: more different x are needed")
         for token, line in seen.items():
             if reserved.fullmatch(token):
                 fail(f"{path}, line {line}: the token {token} is reserved")

@@ -72,6 +72,9 @@ def test_matching_equals_brute_force_over_permutations():
             assert len(matching) == K and len(set(used)) == len(used) == small
             assert score == pytest.approx(brute.item())
             assert score == pytest.approx(sum(C[k, s].item() for k, s in enumerate(matching) if s is not None))
+    order = torch.randperm(40, generator=generator)  # as many as nobody could try one by one
+    assert one_to_one_matching(0.5 * torch.eye(40)[order] + 0.4 * torch.rand(40, 40, generator=generator))[1] == \
+        order.tolist()
 
 
 GRID = tasks.TASKS["grid_pathfinding"]
@@ -200,8 +203,8 @@ def test_exact_alignment_is_the_probability_that_forced_z_gives_its_strategy():
         assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in {
             "exact_alignment": statistics.mean(want), "exact_full_coverage": statistics.mean(coverage),
             "exact_alignment_error": statistics.stdev(want) / math.sqrt(5),
-            "exact_alignment_a_b": (want[0] + want[3]) / 2,
-            "exact_alignment_c": (want[1] + want[2] + want[4]) / 3}.items()}
+            "exact_alignment_on_a_b": (want[0] + want[3]) / 2,
+            "exact_alignment_on_c": (want[1] + want[2] + want[4]) / 3}.items()}
     assert evaluate.exact_alignment(p, there, matching, 5 * ["a"]).keys() == {
         "exact_alignment", "exact_alignment_error", "exact_full_coverage"}
 

@@ -409,3 +409,100 @@ def test_a_folder_that_cannot_be_made_or_that_goes_away_is_one_line(workplace, t
     (tmp_path / "out").write_text("a file")
     monkeypatch.chdir(tmp_path)
     fails(lambda: train_base.train(cfg), "cannot work in 'out/gone'")
+
+
+def test_a_base_whose_checkpoint_cannot_be_written_leaves_the_old_result_beside_the_old_checkpoint(workplace, monkeypatch):
+    train_base.train(config.load(train_base, [*BASE, "--name=both", "--overwrite=True"]))
+    before = {name: bytes_of(f"out/both/{name}") for name in ("ckpt.pt", "result.json", "metrics.json")}
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    again = [*BASE, "--name=both", "--seed=5"]
+    fails(lambda: train_base.train(config.load(train_base, [*again, "--overwrite=True"])), "cannot write", "ckpt.pt")
+    assert {name: bytes_of(f"out/both/{name}") for name in before} == before
+    fails(lambda: train_base.train(config.load(train_base, [*again, "--resume=True"])), "holds a checkpoint and no saved")
+
+
+def test_a_log_of_other_bytes_is_no_obstacle(workplace):
+    """What stands in it before the saved state stays as it is."""
+    cfg = config.load(train_base, [*BASE, "--name=bytes", "--eval_every=1", "--save_every=1"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "check_finite", lambda run, step, *more: sys.exit("stop") if step == 1 else None)
+        fails(lambda: train_base.train(cfg), "stop")
+    with open("out/bytes/log.jsonl", "rb+") as f:
+        f.write(b"\xff\xfe")
+    train_base.train(config.load(train_base, [*BASE, "--name=bytes", "--eval_every=1", "--resume=True", "--save_every=1"]))
+    assert bytes_of("out/bytes/log.jsonl").startswith(b"\xff\xfe") and bytes_of("out/bytes/log.jsonl").count(b"\n") == 2
+
+
+def test_evaluation_leaves_a_folder_that_is_no_runs_as_it_is(tmp_path):
+    (tmp_path / "pid").write_text("my notes")
+    fails(lambda: evaluate.answer([str(tmp_path)]), "ckpt.pt' does not exist")
+    assert (tmp_path / "pid").read_text() == "my notes" and os.listdir(tmp_path) == ["pid"]
+
+
+def test_too_little_memory_is_one_line(workplace):
+    flags = [*BASE, "--name=large", "--n_embd=400000000", "--n_head=2"]
+    fails(lambda: train_base.train(config.load(train_base, flags)), "large: there is not enough memory")
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--task_sizes={'side': -8}"], "'task_sizes': a size is at least 0"),
+    (["--strategy_weights={0: [1, 1, 1]}"], "a row for every kind of input: tall or square, wide"),
+])
+def test_sizes_and_weights_that_make_no_sense_are_named(workplace, flags, says):
+    fails(lambda: train_base.train(config.load(train_base, [*BASE, "--name=odd", *flags])), says)
+
+
+def test_a_weight_that_is_nothing_beside_the_others_is_no_weight(workplace):
+    task = train_base.make_task({"task": "grid_pathfinding", "task_sizes": {}, "wordings": [], "distinct_inputs": True,
+                                 "strategy_weights": [5e-324, 1e9, 1e9]})
+    x = task.sample_input(random.Random(0))
+    assert list(task.mixture(x).values()) == [0.5, 0.5] and len(task.solutions(x, random.Random(0))[0]) == 2
+
+
+def test_a_comma_of_the_tasks_own_separates_no_steps(workplace, monkeypatch):
+    own = {**train_base.TASKS, "commas": train_base.TASKS["grid_pathfinding"]}
+    own["commas"] = train_base.dataclasses.replace(own["commas"], vocab=(*own["commas"].vocab, ","))
+    monkeypatch.setattr(train_base, "TASKS", own)
+    flags = [*BASE, "--name=odd", "--task=commas", "--wordings=['separators']"]
+    fails(lambda: train_base.train(config.load(train_base, flags)), "'separators' needs the token ','")
+
+
+def test_a_validation_loss_that_is_no_number_is_not_the_best(workplace, monkeypatch):
+    """The weights before it are kept."""
+    losses, validate = iter([3.0, float("nan")]), train_base.validate
+
+    def some_nan(model, task, tokenizer, size, seed, split):
+        found = validate(model, task, tokenizer, size, seed, split)
+        return found | {"nll": next(losses, 3.0)}
+
+    monkeypatch.setattr(train_base, "validate", some_nan)
+    train_base.train(config.load(train_base, [*BASE, "--name=nan", "--eval_every=1"]))
+    with open("out/nan/metrics.json") as f:
+        assert json.load(f)["best_step"] == 1
+
+
+def test_a_base_that_is_sure_of_every_solution_is_not_factorized(workplace):
+    checkpoint = runs.load_checkpoint("out/tiny_base/ckpt.pt", "base") | {"c_base": 0.0}
+    os.makedirs("out/sure", exist_ok=True)
+    runs.save("out/sure/ckpt.pt", checkpoint)
+    fails(lambda: run("of_sure", "--base=configs/tiny_base.py --steps=160 --name=sure"), "sure of every y")
+
+
+def test_kinds_of_input_may_be_of_any_type_and_of_any_name():
+    p, there = torch.rand(2, 3, 2), torch.ones(3, 2) > 0
+    metrics = evaluate.exact_alignment(p, there, [0, 1], [0, None, "error"])
+    assert {"exact_alignment_on_0", "exact_alignment_on_None", "exact_alignment_on_error"} < metrics.keys()
+    _, names, *_ = evaluate.router_at_work(torch.rand(3, 2).log_softmax(1), p[0], p[1], [0, None, "error"])
+    assert sorted(map(str, names)) == ["0", "None", "error"]
+
+
+def test_one_input_alone_has_no_probe(workplace):
+    """There would be nothing to score it on: nan."""
+    task = train_base.TASKS["grid_pathfinding"]
+    z, found = torch.randn(1, 4, 2), [*task.strategies, None]
+    metrics = evaluate.semantics(torch.randn(6, 2), torch.arange(6) % 3, torch.zeros(6).long(), z, found, task, 0)
+    assert "sampled_z_probe_accuracy" not in metrics and all(value == value for value in metrics.values())

@@ -405,7 +405,7 @@ def test_parse_says_why_a_malformed_solution_has_no_steps(name):
     y = TASKS[name].trace(inputs(name)[0], STRATEGIES[name][0])
     cut = y.index("ans")
     body, ending = y[:cut], y[cut:]
-    malformed = {"empty": [], "no ans": body + ending[1:], "no steps": ending, "no last ;": body[:-1] + ending,
+    malformed = {"empty": [], "no ans": body + ending[1:], "no last ;": body[:-1] + ending,
                  "only ;": [";"] + ending, "empty first step": [";"] + body + ending,
                  "empty last step": body + [";"] + ending, "empty middle step": body + [";"] + body + ending,
                  "no answer": body + ["ans"], "two answers": y + ending, "; in the answer": y + [";"],
@@ -413,6 +413,14 @@ def test_parse_says_why_a_malformed_solution_has_no_steps(name):
     for case, broken in malformed.items():
         steps, answer, reason = TASKS[name].parse(broken)
         assert steps is None and answer is None and reason, case
+
+
+def test_a_trace_may_have_no_steps():
+    """Merge sort has nothing to do to some lists that are sorted already."""
+    task = dataclasses.replace(TASKS["sorting_algorithms"], distinct=False)
+    x = list("0479")
+    y = task.trace(x, "merge-sort")
+    assert y == ["ans", *x] and task.parse(y) == ([], x, None) and "merge-sort" in task.all_strategies(x, y)
 
 
 @every_task

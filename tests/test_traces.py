@@ -217,10 +217,11 @@ def test_a_solution_follows_the_strategy_whose_labelled_solution_it_is(small):
         assert task.is_trace(x, y.split()) == (bool(want) or y == "4") and not task.all_strategies(typed, y.split())
     assert task.nearest_strategy(x, ["1", "9"]) == "b" and task.nearest_strategy(x, ["2"]) == "a"
     assert task.nearest_strategy(typed, ["1"]) is None
-    assert task.answer(x) == ["9"] and task.answer(typed) is None
     assert train_base.score_answers(task, [x, x, typed, x], [["4", "9"], ["9"], ["9"], []]) == {
         "final_answer_accuracy": pytest.approx(2 / 3)}
     assert train_base.score_answers(traces_task(small({"y": "1"})), [x], [["1"]]) == {}
+    of_each = traces_task(small({"y": "1 ans 1", "answer": "1"}, {"y": "2 ans 2", "answer": "2"}, {"y": "3"}))
+    assert train_base.score_answers(of_each, 4 * [x], [["ans", end] for end in "1231"]) == {"final_answer_accuracy": 0.75}
     task = traces_task(small({"y": "1 ans 3 2", "answer": "3 2"}))
     for y, right in (("ans 3 2", 1), ("ans 1 3 2", 0), ("3 2", 0)):
         assert train_base.score_answers(task, [x], [y.split()]) == {"final_answer_accuracy": right}
@@ -337,6 +338,9 @@ def test_a_file_that_has_changed_is_noticed(labelled, rows, tmp_path, capsys):
             write(Path(path), content)
             evaluate.load_run("out/no_labels")
             assert ("has other records than when the base was trained" in capsys.readouterr().out) == notice
+        long = {"x": "1 2", "y": " ".join(60 * ["down"]), "strategy": None}
+        write(Path(path), [*rows, long])
+        assert f"{path}, line 1501: a record of 68 tokens" in ends(lambda: evaluate.load_run("out/no_labels"))
     finally:
         Path(path).write_text(before)
     flags = [*BASE[:-1], f"--task={write(tmp_path / 'a.jsonl', rows)}", "--name=changed", "--save_every=10"]
@@ -345,6 +349,35 @@ def test_a_file_that_has_changed_is_noticed(labelled, rows, tmp_path, capsys):
         ends(lambda: train_base.train(config.load(train_base, flags)))
     write(tmp_path / "a.jsonl", rows[1:])
     assert "other records" in ends(lambda: train_base.train(config.load(train_base, [*flags, "--resume=True"])))
+
+
+def test_a_factorization_does_not_go_on_with_other_records(labelled, rows, tmp_path):
+    file = write(tmp_path / "a.jsonl", rows)
+    base = [*BASE[:-1], f"--task={file}", "--name=of_file"]
+    train_base.train(config.load(train_base, base))
+    flags = ["--save_every=1", f"--base={' '.join(base)}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "check_finite", lambda run, step, *more: sys.exit("stop") if step == 2 else None)
+        assert ends(lambda: run("other_records", *flags)) == "stop"
+    write(tmp_path / "a.jsonl", rows[1:])
+    assert "other records" in ends(lambda: run("other_records", *flags, "--overwrite=False", "--resume=True"))
+    write(tmp_path / "a.jsonl", rows)
+    run("other_records", *flags, "--overwrite=False", "--resume=True")
+
+
+def test_a_split_with_hardly_any_records_is_refused(tmp_path):
+    """A draw of its inputs, each as often as the file has it, would take forever."""
+    task = traces_task(write(tmp_path / "even.jsonl", [{"x": x, "y": "1"} for x in INPUTS]))
+    often = next(x for x in INPUTS if task.split(x.split()) == "train")
+    rows = [{"x": x, "y": "1"} for x in INPUTS] + 200_000 * [{"x": often, "y": "1"}]
+    assert re.search(r"rows.jsonl: only \d+ of 200210 records are of \w+ inputs",
+                     ends(lambda: traces_task(write(tmp_path / "rows.jsonl", rows))))
+
+
+def test_a_solution_of_characters_is_shown_as_it_is(tmp_path):
+    rows = [{"tokens": "chars"}, *({"x": x, "y": "a  b; c ;"} for x in INPUTS)]
+    task = traces_task(write(tmp_path / "chars.jsonl", rows))
+    assert evaluate.trace_lines(task, list("a  b; c ;" * 8)) == [("a  b; c ;" * 8)[:60], ("a  b; c ;" * 8)[60:]]
 
 
 def test_only_strategies_that_a_latent_may_need_are_matched():
