@@ -379,7 +379,8 @@ def test_more_clusters_than_responses_have_are_no_obstacle():
     v = torch.randn(136, 8, generator=generator)
     v = v - posterior.mean_of_input(v, x_index)
     (mu, noise), (few, same) = additive_model(v, r, x_index), additive_model(v, r[:, :3], x_index)
-    assert torch.allclose(noise, same, atol=1e-5) and torch.allclose(mu[:3], few, atol=1e-5) and mu[3:].abs().max() < 1e-5
+    assert torch.allclose(noise, same, atol=1e-5) and mu.abs().max() < 1  # up to a constant:
+    assert torch.allclose(mu[:3] - mu[0], few - few[0], atol=1e-5)
 
 
 def test_the_additive_model_is_least_squares_with_a_dummy_variable_for_every_input():
@@ -582,7 +583,7 @@ def test_too_few_responses_that_have_a_sibling_are_one_line(trained, clustered, 
     """However many are alone: here three."""
     few = slice(None) if K else torch.tensor([0, 1, 2, 6])
     rows, to_inputs = torch.cat((ROWS[few], torch.tensor([0, 0]))), torch.cat((TO_INPUTS[few], torch.tensor([6, 7])))
-    with pytest.raises(SystemExit, match=f"^error: config key 'cluster_inputs': {words}$"):
+    with pytest.raises(SystemExit, match=f"^error: the base answers nearly every input in one way: {words}$"):
         start(Posterior(trained[0], K), trained[1].rows(rows), to_inputs, K)
 
 
