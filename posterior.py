@@ -198,8 +198,8 @@ def start_posterior(q, pairs, x_index, K, seed, searches, std):
     pairs, x_index = pairs.rows(index), x_index[index]
     siblings = (x_index.bincount() > 1)[x_index]  # a response that is alone has no contrast
     if siblings.sum() < 2 * max(K, 2):
-        fail(f"the base answers nearly every input in one way: {siblings.sum()} responses, of inputs "
-             f"that have several, are too few for {K or 'any'} clusters")
+        fail(f"the base answers nearly every input in one way: {siblings.sum()} responses, of "
+             f"inputs that have several, are too few for {K or 'any'} clusters")
     features = q.fit_statistics(pairs)
     # the last two layers, pooled with equal weights: earlier ones say more about x than about z
     width = q.backbone.config.n_embd
@@ -267,8 +267,8 @@ def cluster_responses(features, x_index, K, seed, searches):
              f"differ by a square sum of {contrast:.3g}")
     inputs = int(x_index.max()) + 1
     if inputs < 4:
-        fail(f"{inputs} inputs with several responses have no halves: more cluster_inputs are needed, "
-             "or a base that answers in several ways")
+        fail(f"{inputs} inputs with several responses have no halves: more cluster_inputs are "
+             "needed, or a base that answers in several ways")
     half = torch.randperm(inputs, generator=seeded(seed))[x_index] % 2 == 0
     halves = (x_index >= 0, half, ~half)  # all, and either half of the inputs
     parts = [(features[part], x_index[part].unique(return_inverse=True)[1]) for part in halves]
@@ -371,7 +371,7 @@ def additive_model(v, r, x_index):
     up to a constant, and the noise (N, d). v without c_x is the noise + r @ mu. [3]: take the mean
     of the input away from both sides, and regress the rest."""
     own = r - mean_of_input(r, x_index)
-    # own.T @ own is singular: mu has no fixed mean (the 1 gives it one), nor an empty cluster (1e-6)
+    # singular without the 1, as mu has no fixed mean, and without the 1e-6, if a cluster is empty
     square = (own.T @ own).double() + 1 + 1e-6 * torch.eye(r.shape[1], dtype=torch.double)
     mu = torch.linalg.solve(square, (own.T @ v).double()).to(v.dtype)
     return mu, v - own @ mu

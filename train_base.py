@@ -147,8 +147,8 @@ def validate(model, task, tokenizer, size, seed, split):
 
 
 def score_answers(task, xs, ys):
-    """Shares of solutions that parse, and that also end in the true answer; of a file, the latter of those x of which it
-    tells answers, any of which is right."""
+    """Shares of solutions that parse, and that also end in the true answer; of a file, the latter of those x of which
+    it tells answers, any of which is right."""
     if task.records is not None:
         before = ["ans"] * ("ans" in task.vocab)  # else the answer 2 3 would be right where 1 2 3 is said
         ends = [[before + task.tokens(r.answer) for r in task.records_of(x) if r.answer] for x in xs]

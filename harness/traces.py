@@ -85,7 +85,7 @@ def vocabulary(path, records, tokens, split, reserved):
             fail(f"{path}: it has no {name} inputs; of its {len({record.x for record in records})} different x, 85% are"
                  " for training, 5% for validation, 10% for tests")
         if 10_000 * count[name] < len(records):
-            fail(f"{path}: only {count[name]} of {len(records)} records are of {name} inputs: more different x are needed")
+            fail(f"{path}: only {count[name]} of {len(records)} records have {name} inputs: it needs more different x")
         for token, line in seen.items():
             if reserved.fullmatch(token):
                 fail(f"{path}, line {line}: the token {token} is reserved")

@@ -221,7 +221,8 @@ def test_a_solution_follows_the_strategy_whose_labelled_solution_it_is(small):
         "final_answer_accuracy": pytest.approx(2 / 3)}
     assert train_base.score_answers(traces_task(small({"y": "1"})), [x], [["1"]]) == {}
     of_each = traces_task(small({"y": "1 ans 1", "answer": "1"}, {"y": "2 ans 2", "answer": "2"}, {"y": "3"}))
-    assert train_base.score_answers(of_each, 4 * [x], [["ans", end] for end in "1231"]) == {"final_answer_accuracy": 0.75}
+    ys = [["ans", end] for end in "1231"]
+    assert train_base.score_answers(of_each, 4 * [x], ys) == {"final_answer_accuracy": 0.75}
     task = traces_task(small({"y": "1 ans 3 2", "answer": "3 2"}))
     for y, right in (("ans 3 2", 1), ("ans 1 3 2", 0), ("3 2", 0)):
         assert train_base.score_answers(task, [x], [y.split()]) == {"final_answer_accuracy": right}
@@ -370,7 +371,7 @@ def test_a_split_with_hardly_any_records_is_refused(tmp_path):
     task = traces_task(write(tmp_path / "even.jsonl", [{"x": x, "y": "1"} for x in INPUTS]))
     often = next(x for x in INPUTS if task.split(x.split()) == "train")
     rows = [{"x": x, "y": "1"} for x in INPUTS] + 200_000 * [{"x": often, "y": "1"}]
-    assert re.search(r"rows.jsonl: only \d+ of 200210 records are of \w+ inputs",
+    assert re.search(r"rows.jsonl: only \d+ of 200210 records have \w+ inputs",
                      ends(lambda: traces_task(write(tmp_path / "rows.jsonl", rows))))
 
 
