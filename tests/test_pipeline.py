@@ -1294,7 +1294,7 @@ def test_a_second_signal_ends_the_program_at_once(workplace):
     reached, before = [], signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as exit:
         with runs.Run(config.load(train_base, ["configs/tiny_base.py", "--name=never_looks"])) as run:
-            run.begin()
+            run.begin(None)
             run.steps()
             os.kill(os.getpid(), signal.SIGINT)
             reached.append(run.signals.copy())
