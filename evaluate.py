@@ -208,14 +208,19 @@ def information(p):
 
 
 @torch.no_grad()
-def without_labels(q, base, task, xs, ys):
-    """What `forced` y tell where nobody knows the strategies: the share of different ones among the K of an x, and how
-    often q finds from y, without padding and tokens that no base has, the z that it was made under."""
+def without_labels(model, q, base, task, tokenizer, xs, ys):
+    """What `forced` y tell where nobody knows the strategies: the share of different ones among the K of an x; how
+    often q finds from y, without padding and tokens that no base has, the z that it was made under; and how often the
+    base finds y plausible, -log p(y|x) being less than a nat above the factorization's -log p(z|x) p(y|x,z)."""
     K = len(ys) // len(xs)
+    z = torch.arange(len(ys)) % K
     different = sum(len(set(map(tuple, ys[i:i + K]))) for i in range(0, len(ys), K)) / len(ys)
     pairs = known_to_base(base, task, [x for x in xs for _ in range(K)], ys)
-    right = q.read(q.all_features(pairs)).argmax(dim=1) == torch.arange(len(ys)) % K
-    return {"distinct_outputs": different, "consistency": right.float().mean().item()}
+    right = q.read(q.all_features(pairs)).argmax(dim=1) == z
+    logp = log_likelihood(model, pairs, model.config.vocab_size - K + z[:, None])[:, 0]
+    plausible = router(model, tokenizer, xs).flatten() + logp + pairs.b.sum(dim=1) < 1
+    return {"distinct_outputs": different, "consistency": right.float().mean().item(),
+            "plausible_outputs": plausible.float().mean().item()}
 
 
 def known_to_base(base, task, xs, ys):
@@ -338,7 +343,7 @@ def during_training(model, q, task, pool, n_inputs, seed):
     xs = different_inputs(task, n_inputs, "validation")
     ys = forced(model, tokenizer, xs, seed)  # none of a continuous z
     if not all(map(task.mixture, xs)):  # nobody knows strategies
-        return without_labels(q, q.backbone, task, xs, ys) if ys else {}
+        return without_labels(model, q, q.backbone, task, tokenizer, xs, ys) if ys else {}
     if ys:
         metrics, C = controlled(task, xs, ys)
         return metrics | {"strategy_by_latent": C.tolist()}
@@ -408,7 +413,7 @@ SHOWN = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "permutati
          "base_nll", "nll_of_mean_router", "router_information", "base_kind_information", "posterior_alignment",
          # what is known without strategy names
          "cluster_collisions", "cluster_agreement", "cluster_halves", "posterior_mutual_information",
-         "distinct_outputs", "consistency", "test_inputs", "minutes")
+         "distinct_outputs", "consistency", "plausible_outputs", "test_inputs", "minutes")
 
 
 def evaluate(folder, seed=0):
@@ -428,7 +433,7 @@ def evaluate(folder, seed=0):
     if D and named == xs:
         metrics |= semantics(posterior[0], labels, torch.arange(len(labels)) % len(xs), z, found, task, seed)
     if not D:
-        metrics |= without_labels(q, base, task, xs, ys)
+        metrics |= without_labels(model, q, base, task, tokenizer, xs, ys)
         metrics["router_information"] = information(router(model, tokenizer, xs).exp())
     if C is not None:
         matching = one_to_one_matching(C)[1]

@@ -364,8 +364,8 @@ def score_latents(model, pairs, latents=None):
 
 
 def log_likelihood(model, pairs, *z):
-    """log p_psi(y|x,z) of every pair under every latent: Pairs of B -> (B, K), without gradient; or, given z (B, n, D),
-    under the n vectors of each pair: (B, n)."""
+    """log p_psi(y|x,z) of every pair under every latent: Pairs of B -> (B, K), without gradient; or, given z (B, n, D)
+    or token ids (B, n), under the n latents of each pair: (B, n)."""
     n = z[0].shape[1] if z else model.config.n_latents  # a chunk has 64 records, or one pair
     return in_chunks(lambda chunk, *z: -score_latents(model, chunk, *z)[0].sum(dim=2), pairs, *z, size=max(1, 64 // n))
 

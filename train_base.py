@@ -201,7 +201,7 @@ def check(cfg, task):
 
 
 def train(cfg):
-    """Trains the base of cfg and leaves its run folder, with ckpt.pt written last."""
+    """Trains the base of cfg and leaves its run folder."""
     parallel.start(cfg.threads, cfg.device, cfg.precision)
     torch.manual_seed(cfg.seed)
     task = make_task(vars(cfg))

@@ -172,7 +172,8 @@ def tasks_table():
         values = [m[key] for key in ("alignment_one_to_one", "local_strategy_full_coverage_rate", "exact_alignment",
                                      "exact_alignment_error", "exact_full_coverage")]
         values += [m["nll"] - m["base_nll"], m["nll_gap_of_valid"]]
-        rows.append([name, result["commit"], *(f"{value:.3f}" for value in values), f"{m['minutes']:.1f}"])
+        rows.append([name, result["commit"], *(f"{round(value, 3) + 0.0:.3f}" for value in values),
+                     f"{m['minutes']:.1f}"])
     return table(["run", "commit", "alignment", "full coverage", "exact alignment", "standard error",
                   "exact full coverage", "NLL gap", "NLL gap, valid y", "minutes"], rows)
 

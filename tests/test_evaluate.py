@@ -243,12 +243,15 @@ def test_a_solution_of_several_strategies_is_that_of_the_one_which_its_latent_me
 def test_without_labels_different_solutions_are_counted_and_latents_recognised(monkeypatch):
     """q reads the strategy's index from a record of the base, or the last where it follows none. Of the first input,
     three solutions are right; of the second, two are the same, and a third is right but for a latent token: q never
-    sees that, nor more than a block."""
+    sees that, nor more than a block. A y is plausible if the base's surprise is less than a nat above that of z and y."""
     xs = evaluate.different_inputs(GRID, 2, "test")
     plain = tasks.Tokenizer(GRID.vocab)
     a, b = ([GRID.trace(x, s) for s in GRID.strategies] for x in xs)
-    base = GPT(GPTConfig(len(plain), block_size=64))
-    seen = []
+    base, model = GPT(GPTConfig(len(plain), block_size=64)), GPT(GPTConfig(len(plain) + 3, 3, block_size=64))
+    seen, tokenizer = [], tasks.Tokenizer(GRID.vocab, 3)
+
+    def surprise(pairs):  # of tokens that are likely, and in every other pair unlikely
+        return pairs.ids * 0 + 0.5 + 5.0 * (torch.arange(6) % 2)[:, None]
 
     def read(pairs):
         seen.append(pairs)
@@ -257,14 +260,20 @@ def test_without_labels_different_solutions_are_counted_and_latents_recognised(m
 
     def scores(*ys):
         q = SimpleNamespace(all_features=lambda pairs: pairs, read=read)
-        return evaluate.without_labels(q, base, GRID, xs, list(ys))
+        found = evaluate.without_labels(model, q, base, GRID, tokenizer, xs, list(ys))
+        logp_y = evaluate.log_likelihood(model, seen[-1]).view(2, 3, 3).diagonal(dim1=1, dim2=2)  # that of each one's own z
+        logp_z = evaluate.router(model, tokenizer, xs)
+        excess = logp_z + logp_y + seen[-1].b.sum(dim=1).view(2, 3)
+        assert found.pop("plausible_outputs") == pytest.approx((excess < 1).float().mean().item())
+        assert 0 < (excess < 1).sum() < 6
+        return found
 
-    monkeypatch.setattr(evaluate, "score_base", lambda model, pairs: pairs.ids + 0.5 if model is base else None)
+    monkeypatch.setattr(evaluate, "score_base", lambda model, pairs: surprise(pairs) if model is base else None)
     found = scores(*a, b[0], b[0], [*b[2], "<z3>"])
     assert found == {"distinct_outputs": pytest.approx(5 / 6), "consistency": pytest.approx(5 / 6)}
     records = [plain.record(xs[0], y) for y in a] + 2 * [plain.record(xs[1], b[0])] + [plain.record(xs[1], b[2])]
     assert [[t for t in row if t] for row in seen[0].ids.tolist()] == records
-    assert seen[0].starts.tolist() == 6 * [len(plain.prompt(xs[0]))] and torch.equal(seen[0].b, seen[0].ids + 0.5)
+    assert seen[0].starts.tolist() == 6 * [len(plain.prompt(xs[0]))] and torch.equal(seen[0].b, surprise(seen[0]))
     found = scores(a[1], a[1], a[1], b[1], b[2], 70 * ["right"])
     assert found == {"distinct_outputs": pytest.approx(4 / 6), "consistency": pytest.approx(2 / 6)}
     assert seen[1].ids.shape == (6, 64)

@@ -259,7 +259,7 @@ def test_a_base_of_kinds_and_wordings_is_factorized_and_evaluated_on_its_own_tas
         assert found.weights == weights and found.separators == (";", ",") and found.vocab[-1] == ","
         assert not found.distinct and not found.commute
     metrics = evaluate.evaluate("out/of_kinds")
-    for name in ("alignment_one_to_one", "distinct_outputs", "consistency"):
+    for name in ("alignment_one_to_one", "distinct_outputs", "consistency", "plausible_outputs"):
         assert 0 <= metrics[name] <= 1
     assert 0 <= metrics["router_kind_information"] <= metrics["router_information"] + 1e-6 < math.log(3)
     for changed in ({"strategy_weights": None}, {"strategy_weights": weights | {"wide": [3, 1, 1]}}, {"wordings": []},
