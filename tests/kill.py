@@ -8,6 +8,7 @@ as one process or as two (torchrun), or run out of disk, or meet the same progra
 and are started again with --resume=True. What a fault leaves must load; the last weights and logs must be those of runs
 that nothing has interrupted.
 """
+import contextlib
 import itertools
 import json
 import os
@@ -40,6 +41,16 @@ def start(script, *flags, fault=None):
     return subprocess.Popen([sys.executable, *two, os.path.join(ROOT, script), *flags], stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE, text=True, start_new_session=True,
                             preexec_fn=small_disk if fault == "full disk" else None)
+
+
+def strike(process, number):
+    """Signals a run; SIGKILL also the processes that torchrun has started, each a group of its own: left alone, they go
+    on, or wait half an hour for it if it has not yet brought them together."""
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
+        workers = list(map(int, f.read().split())) if number == signal.SIGKILL else []
+    for group in (process.pid, *workers):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
 
 
 def result(name):
@@ -96,7 +107,7 @@ def main(kills, write):
                             refused = second.returncode == 1 and line.count("\n") == 1 and told
                             assert refused or process.poll() is not None, line
                         if process.poll() is None:
-                            os.killpg(process.pid, FAULTS[fault] or signal.SIGKILL)
+                            strike(process, FAULTS[fault] or signal.SIGKILL)
                         process.communicate()
                 tried[fault] += 1
                 left = os.listdir("out/killed") if os.path.exists("out/killed") else []
