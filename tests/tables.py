@@ -95,11 +95,9 @@ COLUMNS = {"alignment_one_to_one": "alignment", "local_strategy_coverage_mean": 
 NOT_IN_RESULTS = {"local_strategy_coverage_mean", "latent_purity"}  # where alignment is near 1 they are, too
 NOT_IN_ABLATIONS = {"controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
                     "base_nll", "nll_gap_of_valid"}
-FRONT = {"discrete": {"alignment_one_to_one": "alignment", "local_strategy_full_coverage_rate": "full coverage",
-                      "controlled_final_answer_accuracy": "answer right, z forced", "nll_gap": "NLL gap",
-                      "minutes": "minutes"},
-         "continuous": {"sampled_z_probe_accuracy": "probe of sampled z",
-                        "local_strategy_full_coverage_rate": "full coverage of 16 z", "nll_gap": "NLL gap"}}
+FRONT = {"alignment_one_to_one": "alignment", "local_strategy_full_coverage_rate": "full coverage",
+         "exact_alignment": "exact alignment", "exact_full_coverage": "exact full coverage",
+         "controlled_final_answer_accuracy": "answer right, z forced", "nll_gap": "NLL gap", "minutes": "minutes"}
 CUDA_KEYS = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "controlled_final_answer_accuracy", "nll_gap")
 CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z_probe_accuracy": "probe, sampled z",
               "sampled_z_probe_accuracy_control": "probe, permuted labels",
@@ -190,18 +188,17 @@ def rewrite_table():
 
 
 def front_table():
-    """The front page's: a row for every task, what matters most of its discrete and of its continuous runs."""
-    found = {kind: results(f"*_{kind}_seed*.json") for kind in FRONT}
-    runs = {kind: by_run(found[kind]) for kind in FRONT}
-    bases = {name.split("_discrete")[0]: result["config"]["base"] for name, result in found["discrete"].items()}
+    """The front page's: a row for every task, what matters most of its discrete runs by the present recipe."""
+    of_task = {}
+    for name, result in results("tasks/*_discrete_*.json").items():
+        of_task.setdefault(name.split("_discrete")[0], []).append(result)
     rows = []
-    for task, base in bases.items():
-        seeds = {kind: runs[kind].get(f"{task}_{kind}", []) for kind in FRONT}
-        cells = [mean_and_std([m[key] for m in seeds[kind]], 1 if key == "minutes" else 3) if seeds[kind] else ""
-                 for kind, keys in FRONT.items() for key in keys]
-        rows.append([task, str(strategies(base)), " + ".join(str(len(each)) for each in seeds.values()), *cells])
-    titles = [f"{kind}: {title}" for kind, keys in FRONT.items() for title in keys.values()]
-    return table(["task", "strategies", "seeds (discrete + continuous)", *titles], rows)
+    for task, found in of_task.items():
+        ms = [result["metrics"] for result in found]
+        ms = [m | {"nll_gap": m["nll"] - m["base_nll"]} for m in ms]
+        rows.append([task, str(strategies(found[0]["config"]["base"])), str(len(ms)),
+                     *(mean_and_std([m[key] for m in ms], 1 if key == "minutes" else 3) for key in FRONT)])
+    return table(["task", "strategies", "runs", *FRONT.values()], rows)
 
 
 def two_tasks_table():
