@@ -103,7 +103,7 @@ def main(kills, write):
                         if fault == "the same program twice":
                             second = start(*command)
                             line = second.communicate()[1]
-                            told = f"process {process.pid} is at work" in line or "holds a checkpoint and no saved" in line
+                            told = f"process {process.pid} is at work" in line or "holds a checkpoint and" in line
                             refused = second.returncode == 1 and line.count("\n") == 1 and told
                             assert refused or process.poll() is not None, line
                         if process.poll() is None:

@@ -18,15 +18,15 @@ RESULTS = os.path.join(ROOT, "assets", "results")
 TASKS = ("addition", "base_conversion", "equation", "grid", "sorting", "summation")
 
 SKEWED, RARE = "--strategy_weights=[6,3,1]", "--strategy_weights=[0.9,0.07,0.03]"
-FEW = "--cluster_responses=36 --steps=1700 --fixed_label_steps=600 --responsibility_steps=1060"  # of some strategies
 SEPARATORS, ALL_AS_THEY_COME = "--wordings=['separators']", "--distinct_inputs=False"
 SHARES = {  # name: (config of the run, of the base, flags of the base, of the run)
     "grid_skewed": ("grid_discrete", "grid_base", SKEWED, ""),
     "equation_skewed": ("equation_discrete", "equation_base", SKEWED, ""),
     "summation_skewed": ("summation_discrete", "summation_base", f"{SKEWED} --steps=6000", ""),
     "sorting_skewed": ("sorting_discrete", "sorting_base", "--strategy_weights=[0.4,0.25,0.2,0.1,0.05]", ""),
-    "grid_rare": ("grid_discrete", "grid_base", RARE, FEW),
-    "equation_rare": ("equation_discrete", "equation_base", RARE, FEW),
+    "grid_rare": ("grid_discrete", "grid_base", RARE, "--cluster_responses=36"),
+    "equation_rare": ("equation_discrete", "equation_base", RARE,
+                      "--cluster_responses=36 --steps=1700 --fixed_label_steps=600 --responsibility_steps=1060"),
     "grid_routed": ("grid_routed_discrete", "grid_routed_base", "", ""),
     "sorting_routed": ("sorting_routed_discrete", "sorting_routed_base", "", ""),
     "equation_missing": ("equation_missing_discrete", "equation_missing_base", "", ""),

@@ -243,7 +243,7 @@ def test_a_solution_of_several_strategies_is_that_of_the_one_which_its_latent_me
 def test_without_labels_different_solutions_are_counted_and_latents_recognised(monkeypatch):
     """q reads the strategy's index from a record of the base, or the last where it follows none. Of the first input,
     three solutions are right; of the second, two are the same, and a third is right but for a latent token: q never
-    sees that, nor more than a block. A y is plausible if the base's surprise is less than a nat above that of z and y."""
+    sees that, nor more than a block. A y is plausible if the base's surprise is no nat above that of z and y."""
     xs = evaluate.different_inputs(GRID, 2, "test")
     plain = tasks.Tokenizer(GRID.vocab)
     a, b = ([GRID.trace(x, s) for s in GRID.strategies] for x in xs)
@@ -261,7 +261,7 @@ def test_without_labels_different_solutions_are_counted_and_latents_recognised(m
     def scores(*ys):
         q = SimpleNamespace(all_features=lambda pairs: pairs, read=read)
         found = evaluate.without_labels(model, q, base, GRID, tokenizer, xs, list(ys))
-        logp_y = evaluate.log_likelihood(model, seen[-1]).view(2, 3, 3).diagonal(dim1=1, dim2=2)  # that of each one's own z
+        logp_y = evaluate.log_likelihood(model, seen[-1]).view(2, 3, 3).diagonal(dim1=1, dim2=2)  # of its own z
         logp_z = evaluate.router(model, tokenizer, xs)
         excess = logp_z + logp_y + seen[-1].b.sum(dim=1).view(2, 3)
         assert found.pop("plausible_outputs") == pytest.approx((excess < 1).float().mean().item())

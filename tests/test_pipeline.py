@@ -1363,7 +1363,7 @@ def test_a_saved_state_survives_a_kill_and_lines_after_it_are_dropped(reference,
 
 
 def test_a_second_run_in_a_folder_is_refused(reference):
-    for flag, words in (("--resume=False", "holds a run already"), ("--resume=True", "a checkpoint and no saved state")):
+    for flag, words in (("--resume=False", "holds a run already"), ("--resume=True", "a checkpoint and no saved")):
         with pytest.raises(SystemExit, match=words):
             run("reference", flag, "--overwrite=False")
 
