@@ -22,7 +22,7 @@ from harness import config, parallel, runs
 from harness.config import Count, fail, say
 from harness.optim import make_optimizers, set_learning_rates, update
 from harness.parallel import seeded, sum_chunks
-from model import GPT, GPTConfig, as_pairs, sample_in_batches, score_base
+from model import GPT, GPTConfig, as_pairs, in_chunks, sample_in_batches, score_base
 from tasks import TASK_FUNCTIONS, TASKS, Tokenizer, traces_task
 
 
@@ -134,11 +134,18 @@ def check_file(task, block_size):
 
 
 @torch.no_grad()
+def held_out_loss(model, task, tokenizer, size, rng, split):
+    """The NLL of about `size` held-out records, and the entropy of the mixture: nats a sequence."""
+    records, starts, weights, entropy = record_batch(
+        task, tokenizer, rng, math.ceil(size / task.solutions_each), split)
+    nll = in_chunks(lambda pairs: score_base(model, pairs).sum(dim=1), as_pairs(records, starts))
+    return (weights @ nll).item(), entropy
+
+
 def validate(model, task, tokenizer, size, seed, split):
-    """Held-out NLL (nats a sequence) and what `size` sampled solutions look like to the task's own validator."""
-    rng, n_inputs = random.Random(f"validation {seed}"), math.ceil(size / task.solutions_each)
-    records, starts, weights, entropy = record_batch(task, tokenizer, rng, n_inputs, split)
-    nll = (weights @ score_base(model, as_pairs(records, starts)).sum(dim=1)).item()
+    """`held_out_loss`, and what `size` sampled solutions look like to the task's own validator."""
+    rng = random.Random(f"validation {seed}")
+    nll, entropy = held_out_loss(model, task, tokenizer, size, rng, split)
     xs = [task.sample_input(rng, split) for _ in range(size)]
     ys = sample_ys(model, tokenizer, [tokenizer.prompt(x) for x in xs], seeded(seed))
     found, valid = [task.attribute(x, y) for x, y in zip(xs, ys)], [task.is_trace(x, y) for x, y in zip(xs, ys)]
@@ -238,7 +245,8 @@ def train(cfg):
             say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to "
                 f"{scores['nll']:.3f}: the former weights are kept. If it rises by much, the base overfits: more data, "
                 "or fewer steps, may help")
-        c_base = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "validation")["nll"]
+        rng = random.Random(f"validation {cfg.seed}")
+        c_base, _ = held_out_loss(model, task, tokenizer, cfg.final_eval_size, rng, "validation")
         scores = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test")
         scores |= {"c_base": c_base, "minutes": run.minutes, "best_step": best["step"]}
         if scores["valid_trace_rate"] < 0.9:

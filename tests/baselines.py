@@ -3,6 +3,8 @@
     python tests/baselines.py supervised configs/grid_discrete.py --name=grid_supervised --seed=0
     python tests/baselines.py clusters configs/grid_discrete.py --seed=0 > out/grid_clusters.json
     python tests/baselines.py two_tasks tests/two_tasks_discrete.py --seed=0
+    python tests/baselines.py unseen configs/sorting_discrete.py --seed=0 --name=sorting_unseen
+    python tests/baselines.py smaller configs/sorting_discrete.py --seed=0 --name=sorting_smaller
     python tests/baselines.py export configs/grid_base.py > out/grid.jsonl
 
 `supervised` is factorize.py with the true strategies as labels, in place of the clusters' and of responsibilities: what
@@ -11,6 +13,8 @@ recipe's own responses of the base, once by k-means on mean hidden states, raw o
 the same x, and once as the recipe does, for several mixtures of the strategies that nothing tells. It prints how many
 of the responses are in the right cluster, and which K is found.
 `two_tasks` is factorize.py on a base of two tasks (`grids_and_equations`), measured on each of them apart.
+`unseen` is factorize.py on lists of half of the order patterns, `smaller` on lists that are not of the greatest length;
+both are measured on inputs of either kind apart, all of which the base has learned.
 `export` writes 20,000 records of a base's task as a file of traces, each of a strategy drawn from the mixture.
 """
 import dataclasses
@@ -18,6 +22,7 @@ import json
 import os
 import random
 import sys
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +164,41 @@ def two_tasks(cfg):
     print(json.dumps(metrics, indent=1))
 
 
+def pattern_is_even(x):
+    """Whether a hash of the order of the numbers is even: 4 2 7 and 5 1 9 have the same."""
+    values = list(map(int, x))
+    return zlib.crc32(bytes(sorted(values).index(value) for value in values)) % 2 == 0
+
+
+def unseen(cfg):
+    on_some(cfg, pattern_is_even)
+
+
+def smaller(cfg):
+    on_some(cfg, lambda x: len(x) < 6)
+
+
+def on_some(cfg, seen):
+    """Factorizes on inputs x for which seen(x) alone, and measures on test inputs of both kinds."""
+    sample_responses = factorize.sample_responses
+
+    def of_seen(base, task, *more):
+        def draw(rng):
+            return x if seen(x := task.draw(rng)) else None
+        return sample_responses(base, dataclasses.replace(task, draw=draw), *more)
+
+    factorize.sample_responses = of_seen
+    folder = factorize.factorize(cfg)
+    checkpoint, base, task, tokenizer, model, _ = evaluate.load_run(folder)
+    xs = evaluate.different_inputs(task, 2 * cfg.eval_inputs, "test")
+    _, C = evaluate.controlled(task, xs, evaluate.forced(model, tokenizer, xs, seed=0))
+    metrics, *_ = evaluate.not_sampled(
+        model, base, dataclasses.replace(task, kind=lambda x: "seen" if seen(x) else "unseen"), tokenizer, xs,
+        evaluate.router(model, tokenizer, xs), evaluate.one_to_one_matching(C)[1])
+    runs.write_result(folder, checkpoint["config"], checkpoint["made_with"], metrics | checkpoint["clusters"])
+    print(json.dumps(metrics, indent=1))
+
+
 def export(cfg, n=20_000):
     task, rng = make_task(vars(cfg)), random.Random(f"export {cfg.seed}")
     for _ in range(n):
@@ -173,4 +213,4 @@ if __name__ == "__main__":
     TASK_FUNCTIONS["grids_and_equations"], TASKS["grids_and_equations"] = grids_and_equations, grids_and_equations()
     what, *flags = sys.argv[1:]
     script = train_base if what == "export" else factorize
-    {f.__name__: f for f in (supervised, clusters, two_tasks, export)}[what](config.load(script, flags))
+    {f.__name__: f for f in (supervised, clusters, two_tasks, unseen, smaller, export)}[what](config.load(script, flags))
