@@ -341,6 +341,7 @@ def find_clusters(run, q, base, task):
     if not cfg.cluster_inputs:  # without statistics every feature is 0
         q.fit_statistics(sample_responses(base, task, cfg.pool_size, 1, f"start {cfg.seed}"))
         return torch.full((cfg.n_latents,), 1 / cfg.n_latents), {}
+    say(f"{cfg.name}: clustering {n} responses of the base to each of {cfg.cluster_inputs} inputs")
     pairs = sample_responses(base, task, cfg.cluster_inputs, n, f"clusters {cfg.seed}")
     x_index = torch.arange(len(pairs.ids)) // n
     share, clusters = start_posterior(

@@ -250,9 +250,10 @@ def sample(model, prompts, generator, temperature=1.0, z=None):
     return tokens[:, :t + 1], logps[:, :t + 1]
 
 
-def sample_in_batches(model, prompts, generator, temperature=1.0, z=None, batch=128):
+def sample_in_batches(model, prompts, generator, temperature=1.0, z=None, batch=256):
     """`sample` for any number of prompts, a batch at a time and each with a generator of its own, seeded by
     `generator`. Returns a list of (tokens (N,), logp (N,)) on the CPU, one for every prompt."""
+    batch = min(batch, max(32, math.ceil(len(prompts) / 2)))  # two threads share what would fill one batch
     starts = range(0, len(prompts), batch)
     seeds = torch.randint(2 ** 62, (len(starts),), generator=generator).tolist()
 
