@@ -213,4 +213,5 @@ if __name__ == "__main__":
     TASK_FUNCTIONS["grids_and_equations"], TASKS["grids_and_equations"] = grids_and_equations, grids_and_equations()
     what, *flags = sys.argv[1:]
     script = train_base if what == "export" else factorize
-    {f.__name__: f for f in (supervised, clusters, two_tasks, unseen, smaller, export)}[what](config.load(script, flags))
+    functions = {f.__name__: f for f in (supervised, clusters, two_tasks, unseen, smaller, export)}
+    functions[what](config.load(script, flags))
