@@ -40,6 +40,16 @@ def pytest_terminal_summary(config):
         print(f"\n\nbeside them, {', '.join(OTHER_HALF)}:\n{config.output.read()}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_searches():
+    """Clusters are searched for without merging and splitting again, which takes two thirds of a short run; but where
+    they are what is tested (test_posterior.py)."""
+    import posterior
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(posterior, "TRIES", 0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
     """A folder like the repository's root: configs/ beside an out/ that holds a trained tiny base."""

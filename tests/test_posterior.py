@@ -247,6 +247,11 @@ def pure_noise(n, responses, F):
     return torch.randn(n * responses, F, generator=seeded(0)), torch.arange(n).repeat_interleave(responses)
 
 
+@pytest.fixture(autouse=True)
+def whole_searches(short_searches, monkeypatch):
+    monkeypatch.setattr(posterior, "TRIES", 12)
+
+
 @pytest.fixture
 def growth_alone(monkeypatch):
     """Searches split until there are K, and then neither merge nor split again: enough where clusters are clear."""
