@@ -144,9 +144,13 @@ def grids_and_equations():
     def kind(x):
         return "grid" if "to" in x else "equation"
 
+    def draw(rng):  # as often of the one as of the other, of which a draw may fail
+        task = rng.choice(list(TWO.values()))
+        return next(x for x in iter(lambda: task.draw(rng), "") if x)
+
     steps = {strategy: f for task in TWO.values() for strategy, f in task.steps.items()}
     return Task("grids_and_equations", tuple(dict.fromkeys(t for task in TWO.values() for t in task.vocab)),
-                draw=lambda rng: rng.choice(list(TWO.values())).draw(rng), check=lambda x: TWO[kind(x)].check(x),
+                draw, check=lambda x: TWO[kind(x)].check(x),
                 answer=lambda x: TWO[kind(x)].answer(x), steps=steps, kind=kind,
                 weights={name: [float(s in task.steps) for s in steps] for name, task in TWO.items()})
 
