@@ -40,9 +40,11 @@ SHARES = {  # name: (config of the run, of the base, flags of the base, of the r
 }
 
 
-VARIED = {"grid": (700, 300, 380), "equation": (700, 300, 380), "sorting": (1700, 600, 1060)}  # steps of the recipe
+VARIED = {"grid": (3, 700, 300, 380), "equation": (3, 700, 300, 380), "sorting": (5, 1700, 600, 1060)}  # S, steps
 ELBO = "--cluster_inputs=0 --fixed_label_steps=0 --responsibility_steps=0 --posterior=full"  # and nothing else
 VARIANTS = {  # of the recipe, on as many pairs; {before}: steps before the ELBO, {rest}: those after fixed labels
+    "found": "--n_latents=0",
+    "twice": "--n_latents={twice}",
     "no_clusters": "--cluster_inputs=0 --fixed_label_steps=0 --responsibility_steps={before}",
     "no_responsibilities": "--fixed_label_steps={before} --responsibility_steps=0",
     "no_elbo": "--responsibility_steps={rest}",
@@ -87,11 +89,14 @@ def all_runs():
             _, base_config, base_flags, _ = SHARES[name]
             add("shares", f"{name}_continuous_seed{seed}", name, f"configs/{base_config}.py", base_flags, seed,
                 ["factorize.py", "configs/grid_continuous.py", f"--seed={seed}"])
-        for task, (steps, fixed, balanced) in VARIED.items():
+        for task, (S, steps, fixed, balanced) in VARIED.items():
             for name, flags in VARIANTS.items():
-                flags = flags.format(before=fixed + balanced, rest=steps - fixed).split()
+                flags = flags.format(twice=2 * S, before=fixed + balanced, rest=steps - fixed).split()
                 add("variants", f"{task}_{name}_seed{seed}", task, f"configs/{task}_base.py", "", 0,
                     ["factorize.py", f"configs/{task}_discrete.py", f"--seed={seed}", *flags])
+        for what in ("unseen", "smaller"):
+            add("splits", f"sorting_{what}_seed{seed}", "sorting", "configs/sorting_base.py", "", 0,
+                ["tests/baselines.py", what, "configs/sorting_discrete.py", f"--seed={seed}"])
         add("shares", f"two_tasks_discrete_seed{seed}", "two_tasks", "tests/two_tasks_base.py", "", seed,
             ["tests/baselines.py", "two_tasks", "tests/two_tasks_discrete.py", f"--seed={seed}"])
     return found

@@ -48,12 +48,17 @@ def strategies(base):
     return len(TASKS[config.load(train_base, [os.path.join(ROOT, base.split(" --")[0])]).task].strategies)
 
 
+def metrics_of(result):
+    """The metrics of a result file, with the gaps between the NLLs."""
+    m = result["metrics"]
+    return m | {f"{name}_gap": m[name] - m["base_nll"] for name in ("nll", "nll_of_mean_router") if name in m}
+
+
 def by_run(found):
-    """The metrics of every seed of a run, by the run's name, with the gap between the two NLLs."""
+    """The metrics of every seed of a run, by the run's name."""
     runs = {}
     for name, result in found.items():
-        m = result["metrics"]
-        runs.setdefault(name.split("_seed")[0], []).append(m | {"nll_gap": m["nll"] - m["base_nll"]})
+        runs.setdefault(name.split("_seed")[0], []).append(metrics_of(result))
     return runs
 
 
@@ -61,9 +66,20 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
+def each_run(pattern, keys, **more):
+    """A table with a row for every result file that matches: its metrics `keys`, empty where it has none, and `more`,
+    title -> function of the metrics."""
+    def number(m, key):
+        return f"{round(m[key], 1 if key == 'minutes' else 3) + 0.0:.{1 if key == 'minutes' else 3}f}" if key in m else ""
+
+    rows = [[name, result["commit"], *(f(result["metrics"]) for f in more.values()),
+             *(number(metrics_of(result), key) for key in keys)] for name, result in results(pattern).items()]
+    return table(["run", "commit", *more, *keys.values()], rows)
+
+
 def base_table():
     rows = []
-    for name, result in (results("*_base_seed*.json") | results("bases/*.json")).items():
+    for name, result in results("bases/*.json").items():
         m = result["metrics"]
         shares = [value for key, value in m.items() if key.startswith("share_")]
         weights = result["config"]["strategy_weights"] or len(shares) * [1]
@@ -91,20 +107,27 @@ COLUMNS = {"alignment_one_to_one": "alignment", "local_strategy_coverage_mean": 
            "controlled_final_answer_accuracy": "answer right, z forced",
            "sampled_final_answer_accuracy": "answer right, z of router",
            "base_final_answer_accuracy": "answer right, base", "base_nll": "NLL of base", "nll_gap": "NLL gap",
-           "nll_gap_of_valid": "NLL gap, valid y", "sampled_strategy_total_variation": "TV"}
-NOT_IN_RESULTS = {"local_strategy_coverage_mean", "latent_purity"}  # where alignment is near 1 they are, too
+           "nll_gap_of_valid": "NLL gap, valid y", "sampled_strategy_total_variation": "TV", "minutes": "minutes"}
+NOT_IN_DISCRETE = {"local_strategy_coverage_mean", "latent_purity"}  # where alignment is near 1 they are, too
 NOT_IN_ABLATIONS = {"controlled_final_answer_accuracy", "sampled_final_answer_accuracy", "base_final_answer_accuracy",
                     "base_nll", "nll_gap_of_valid"}
+DISCRETE = {"alignment_one_to_one": "alignment", "local_strategy_full_coverage_rate": "full coverage",
+            "base_local_strategy_full_coverage_rate": "full coverage, K base samples",
+            "exact_alignment": "exact alignment", "exact_alignment_error": "standard error",
+            "exact_full_coverage": "exact full coverage", "controlled_final_answer_accuracy": "answer right, z forced",
+            "base_final_answer_accuracy": "answer right, base", "base_nll": "NLL of base", "nll_gap": "NLL gap",
+            "nll_gap_of_valid": "NLL gap, valid y", "minutes": "minutes"}
 FRONT = {"alignment_one_to_one": "alignment", "local_strategy_full_coverage_rate": "full coverage",
          "exact_alignment": "exact alignment", "exact_full_coverage": "exact full coverage",
          "controlled_final_answer_accuracy": "answer right, z forced", "nll_gap": "NLL gap", "minutes": "minutes"}
-CUDA_KEYS = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "controlled_final_answer_accuracy", "nll_gap")
+CUDA_KEYS = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "controlled_final_answer_accuracy", "nll_gap",
+             "minutes")
 CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z_probe_accuracy": "probe, sampled z",
               "sampled_z_probe_accuracy_control": "probe, permuted labels",
               "local_strategy_full_coverage_rate": "full coverage of 16 z", "centroid_distance": "centroid distance",
               "sampled_final_answer_accuracy": "answer right, z of router",
               "base_final_answer_accuracy": "answer right, base", "base_nll": "NLL of base", "nll_gap": "NLL gap",
-              "kl": "KL", "sampled_strategy_total_variation": "TV"}
+              "kl": "KL", "sampled_strategy_total_variation": "TV", "minutes": "minutes"}
 
 
 VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on which the recipe is taken apart
@@ -126,7 +149,7 @@ def variant_of(name):
 def variants_table():
     """The recipe and its variants: how many seeds, what is set otherwise, and on each task alignment and coverage."""
     runs, rows = {}, []
-    for name, result in (results("*_discrete_seed*.json") | results("ablations/*.json")).items():
+    for name, result in results("earlier/*.json").items():
         if variant_of(name):
             variant, task = variant_of(name)
             runs.setdefault(variant, {}).setdefault(task, []).append(result)
@@ -156,35 +179,16 @@ def variants_table():
     return table(["what", "set otherwise", "seeds", *VARIED], rows)
 
 
+def of_tasks(kind):
+    """The earlier runs of the recipe on the six tasks, by name."""
+    return {name: result for name, result in results(f"earlier/*_{kind}_seed*.json").items() if "skewed" not in name}
+
+
 def runs_table(found, keys):
-    rows = [[name, str(len(seeds)), *(mean_and_std([m[key] for m in seeds]) for key in keys),
-             mean_and_std([m["minutes"] for m in seeds], 1)] for name, seeds in by_run(found).items()]
-    return table(["run", "seeds", *keys.values(), "minutes"], rows)
-
-
-def tasks_table():
-    """Runs of the present recipe."""
-    rows = []
-    for name, result in results("tasks/*_discrete_*.json").items():
-        m = result["metrics"]
-        values = [m[key] for key in ("alignment_one_to_one", "local_strategy_full_coverage_rate", "exact_alignment",
-                                     "exact_alignment_error", "exact_full_coverage")]
-        values += [m["nll"] - m["base_nll"], m["nll_gap_of_valid"]]
-        rows.append([name, result["commit"], *(f"{round(value, 3) + 0.0:.3f}" for value in values),
-                     f"{m['minutes']:.1f}"])
-    return table(["run", "commit", "alignment", "full coverage", "exact alignment", "standard error",
-                  "exact full coverage", "NLL gap", "NLL gap, valid y", "minutes"], rows)
-
-
-def rewrite_table():
-    """Runs of the program after its rewrite; a cell is empty where a number has no meaning for the kind of z."""
-    keys = {"alignment_one_to_one": "alignment", "sampled_z_probe_accuracy": "probe, sampled z",
-            "local_strategy_full_coverage_rate": "full coverage", "nll_gap": "NLL gap",
-            "nll_gap_of_valid": "NLL gap, valid y"}
-    found = results("rewrite/*_continuous_seed*.json") | results("rewrite/*_discrete_seed*.json")
-    rows = [[name, found[f"{name}_seed0"]["commit"], *(f"{m[key]:.3f}" if key in m else "" for key in keys)]
-            for name, (m,) in by_run(found).items()]
-    return table(["run, seed 0", "commit", *keys.values()], rows)
+    """A row for every run: means over its seeds."""
+    rows = [[name, str(len(seeds)), *(mean_and_std([m[key] for m in seeds], 1 if key == "minutes" else 3) for key in keys)]
+            for name, seeds in by_run(found).items()]
+    return table(["run", "seeds", *keys.values()], rows)
 
 
 def front_table():
@@ -201,14 +205,6 @@ def front_table():
     return table(["task", "strategies", "runs", *FRONT.values()], rows)
 
 
-def two_tasks_table():
-    keys = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "latent_purity",
-            "controlled_final_answer_accuracy")
-    rows = [[str(result["config"]["n_latents"] or 3), task, *(f"{m[key]:.3f}" for key in keys)]
-            for result in results("two_tasks/*.json").values() for task, m in result["metrics"].items()]
-    return table(["K", "inputs of", *(COLUMNS[key] for key in keys)], rows)
-
-
 def clusters_table():
     """Share of the responses in the right cluster, K told; which K is found; on how many responses halves agree."""
     mixtures, rows = ("equal", "falling", "own", "reversed", "missing", "rare"), []
@@ -222,17 +218,15 @@ def clusters_table():
 
 def shares_table():
     """Runs on bases of unequal shares, which nothing told."""
-    rows = []
-    for name, result in results("shares/*_discrete_seed*.json").items():
-        m = result["metrics"]
-        keys = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "base_kind_information",
-                "router_kind_information", "strategy_total_variation_per_input")
-        rows.append([name.replace("_seed", ", seed "), " ".join(f"{s:.2f}" for s in m["cluster_shares"]),
-                     f"{m['cluster_collisions']:.1%}", f"{m['cluster_halves']:.1%}",
-                     *(f"{round(value, 3) + 0.0:.3f}" for value in (
-                         *map(m.get, keys), m["nll"] - m["base_nll"], m["nll_of_mean_router"] - m["base_nll"]))])
-    return table(["run", "shares of the clusters", "collide", "halves agree", "alignment", "full coverage",
-                  "information, base", "information, router", "TV per input", "NLL gap", "NLL gap, mean router"], rows)
+    return each_run(
+        "shares/*_discrete_seed*.json",
+        {"alignment_one_to_one": "alignment", "local_strategy_full_coverage_rate": "full coverage",
+         "exact_alignment": "exact alignment", "base_kind_information": "information, base",
+         "router_kind_information": "information, router", "strategy_total_variation_per_input": "TV per input",
+         "nll_gap": "NLL gap", "nll_of_mean_router_gap": "NLL gap, mean router"},
+        **{"shares of the clusters": lambda m: " ".join(f"{s:.2f}" for s in m["cluster_shares"]),
+           "collide": lambda m: f"{m['cluster_collisions']:.1%}",
+           "halves agree": lambda m: f"{m['cluster_halves']:.1%}"})
 
 
 def traces_table():
@@ -254,9 +248,10 @@ def draw_alignment_against_coverage(path):
     from harness import figures
     figure, axis = figures.new_figure(6, 4.6)
     axis.plot([0, 1], [0, 1], color="lightgray", zorder=0)
-    for label, pattern, color in (("ablations, other K, skewed mixture", "ablations/*.json", "tab:orange"),
-                                  ("default recipe, K = S", "*_discrete_seed*.json", "tab:blue")):
-        runs = [result["metrics"] for result in results(pattern).values()]
+    for label, pattern, color in (("an earlier program", "earlier/*.json", "tab:orange"),
+                                  ("other shares, wordings", "shares/*_discrete_*.json", "tab:green"),
+                                  ("six tasks, traces from files", "t[ar]*/*_discrete_*.json", "tab:blue")):
+        runs = [m for m in map(metrics_of, results(pattern).values()) if "alignment_one_to_one" in m]
         axis.scatter([m["local_strategy_coverage_mean"] for m in runs], [m["alignment_one_to_one"] for m in runs],
                      s=24, alpha=0.7, color=color, label=f"{label} ({len(runs)} runs)")
     axis.set_xlim(0, 1.02)
@@ -265,6 +260,20 @@ def draw_alignment_against_coverage(path):
     axis.set_ylabel("alignment: the same one for every x")
     axis.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=120)
+
+
+CHANGES = {"6d471fe": "6400 + 700 steps of 64 records", "1f3e5b1": "9600 + 1700 steps of 32 records"}
+
+
+def time_table():
+    """From nothing to a factorized sorting base: what it took, and what came out, at some commits."""
+    rows = []
+    for commit, change in CHANGES.items():
+        found = results(f"time/{commit}_*.json")
+        b, r = (found[f"{commit}_{part}"]["metrics"] for part in ("base", "discrete"))
+        rows.append([commit, change, f"{b['minutes']:.1f} + {r['minutes']:.1f}", f"{b['valid_trace_rate']:.3f}",
+                     f"{r['alignment_one_to_one']:.3f}", f"{r['local_strategy_full_coverage_rate']:.3f}"])
+    return table(["commit", "change", "minutes, base + run", "valid traces", "alignment", "full coverage"], rows)
 
 
 def faults_table():
@@ -315,16 +324,23 @@ def without(keys):
     return {key: title for key, title in COLUMNS.items() if key not in keys}
 
 
-TABLES = {"front": front_table, "tasks": tasks_table, "rewrite": rewrite_table, "faults": faults_table,
+TABLES = {"front": front_table, "tasks": lambda: each_run("tasks/*_discrete_*.json", DISCRETE),
+          "continuous": lambda: each_run("tasks/*_continuous_*.json", CONTINUOUS),
+          "splits": lambda: each_run("splits/*.json", {"exact_alignment_on_seen": "exact alignment, seen",
+                                                       "exact_alignment_on_unseen": "unseen",
+                                                       "exact_alignment_error": "standard error of both"}),
+          "shares_continuous": lambda: each_run("shares/*_continuous_*.json", CONTINUOUS), "faults": faults_table,
           "bench": bench_table, "steps": steps_table, "optimizer": lambda: bench_table(name="optimizer"),
           "profile": profile_table,
           "base": base_table, "clusters": clusters_table, "shares": shares_table, "traces": traces_table,
-          "variants": variants_table, "two_tasks": two_tasks_table,
-          "discrete": lambda: runs_table(results("*_discrete_seed*.json"), without(NOT_IN_RESULTS)),
-          "continuous": lambda: runs_table(results("*_continuous_seed*.json"), CONTINUOUS),
-          "cuda": lambda: runs_table(results("cuda/*_discrete_*.json"), {key: COLUMNS[key] for key in CUDA_KEYS}),
-          "ablations": lambda: runs_table({name: result for name, result in results("ablations/*.json").items()
-                                           if not variant_of(name)}, without(NOT_IN_ABLATIONS))}
+          "variants": variants_table, "time": time_table,
+          "cuda": lambda: runs_table(results("earlier/cuda/*_discrete_*.json"), {key: COLUMNS[key] for key in CUDA_KEYS}),
+          "discrete": lambda: runs_table(of_tasks("discrete"), without(NOT_IN_DISCRETE)),
+          "continuous_before": lambda: runs_table(of_tasks("continuous"), CONTINUOUS),
+          "ablations": lambda: runs_table(
+              {name: result for name, result in results("earlier/*.json").items()
+               if not variant_of(name) and name not in of_tasks("discrete") | of_tasks("continuous")},
+              without(NOT_IN_ABLATIONS))}
 
 
 def filled(page):
