@@ -93,6 +93,22 @@ def test_nothing_follows_the_end(model):
             assert set(row[end + 1:]) <= {PAD} and not scores[end + 1:].any()
 
 
+@pytest.mark.parametrize("n, sizes", [(20, [20]), (40, [32, 8]), (100, [50, 50]), (600, [256, 256, 88])])
+def test_two_threads_share_what_would_fill_one_batch(model, monkeypatch, n, sizes):
+    """At most 256 prompts a batch, and no more than half of them, but 32 or all. Each has its sample, in its place."""
+    found = []
+
+    def noted(model, prompts, *args):
+        found.append(len(prompts))
+        return pad([[int(prompt[2])] for prompt in prompts]), torch.zeros(len(prompts), 1)
+
+    monkeypatch.setattr("model.sample", noted)
+    asked = prompts(n)
+    samples = sample_in_batches(model, asked, torch.Generator().manual_seed(0))
+    assert sorted(found, reverse=True) == sizes
+    assert [tokens.tolist() for tokens, _ in samples] == [[prompt[2]] for prompt in asked]
+
+
 def test_temperature_zero_takes_the_likeliest_token_whatever_the_batch(model):
     alone = [sample(model, [p], torch.Generator(), temperature=0)[0][0].tolist() for p in prompts(8)]
     together = sample(model, prompts(8), torch.Generator(), temperature=0)[0].tolist()
