@@ -8,7 +8,7 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-OTHER_HALF = ["test_pipeline.py"]  # takes as long as all other files
+OTHER_HALF = ["test_pipeline.py", "test_posterior.py"]  # take as long as all other files
 collect_ignore = []
 
 
@@ -42,12 +42,18 @@ def pytest_terminal_summary(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def short_searches():
-    """Clusters are searched for without merging and splitting again, which takes two thirds of a short run; but where
-    they are what is tested (test_posterior.py)."""
+    """Clusters are searched for without merging and splitting again, which takes two thirds of a short run."""
     import posterior
+    whole = posterior.TRIES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(posterior, "TRIES", 0)
-        yield
+        yield whole
+
+
+@pytest.fixture
+def whole_searches(short_searches, monkeypatch):
+    """Where clusters are what is tested, or a run is compared with that of another program."""
+    monkeypatch.setattr("posterior.TRIES", short_searches)
 
 
 @pytest.fixture(scope="session")

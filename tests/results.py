@@ -3,6 +3,7 @@
     python tests/results.py                  # all that is left
     python tests/results.py --list           # what is left, and nothing is run
     python tests/results.py tasks sorting    # of paths below assets/results that contain all of these words
+    python tests/results.py shares           # runs on bases of unequal shares
 
 A run that was interrupted goes on. Logs stand in out/logs. A result file that is to be made again is removed first.
 """

@@ -33,7 +33,7 @@ def run_of(folder):
 
 @pytest.mark.parametrize("stages, router_term", [(DISCRETE, "router_marginal_kl"), (CONTINUOUS, "router_moment_kl")],
                          ids=["discrete", "continuous"])
-def test_two_processes_equal_one(tmp_path, monkeypatch, stages, router_term):
+def test_two_processes_equal_one(tmp_path, monkeypatch, whole_searches, stages, router_term):
     """Five steps of a base, then five of its factorization through all stages: losses and weights agree to 1e-5. The
     responsibilities, and the marginal of the routers, are those of all pairs, wherever they were scored."""
     with open(tmp_path / "base.py", "w") as f:

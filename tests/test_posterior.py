@@ -15,6 +15,8 @@ from posterior import (Cells, Clusters, Posterior, additive_model, agreement, cl
                        mean_of_input, refine, search, split, spread, start_posterior)
 from tasks import PAD
 
+pytestmark = pytest.mark.usefixtures("whole_searches")
+
 
 # ----------------------------------------------------------------------------------------- features, and the head
 def states_of_bigrams(base, pairs):
@@ -247,13 +249,8 @@ def pure_noise(n, responses, F):
     return torch.randn(n * responses, F, generator=seeded(0)), torch.arange(n).repeat_interleave(responses)
 
 
-@pytest.fixture(autouse=True)
-def whole_searches(short_searches, monkeypatch):
-    monkeypatch.setattr(posterior, "TRIES", 12)
-
-
 @pytest.fixture
-def growth_alone(monkeypatch):
+def growth_alone(whole_searches, monkeypatch):
     """Searches split until there are K, and then neither merge nor split again: enough where clusters are clear."""
     monkeypatch.setattr(posterior, "TRIES", 0)
 
