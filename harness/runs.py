@@ -288,15 +288,18 @@ def load_checkpoint(path, kind):
 
 
 def current_commit():
-    """The short hash of the commit that is checked out, "-dirty" where files of it are changed; "unknown" outside a
+    """The short hash of the commit that is checked out, "-dirty" where its code is changed; "unknown" outside a
     repository, or without git."""
+    def git(*args):
+        return subprocess.run(["git", *args], capture_output=True, text=True,
+                              cwd=os.path.dirname(__file__),  # this folder's, whatever repository a hook is at work in
+                              env={key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+                              ).stdout.strip()
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True,
-                             cwd=os.path.dirname(__file__),  # this folder's, whatever repository a hook is at work in
-                             env={key: value for key, value in os.environ.items() if not key.startswith("GIT_")})
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")  # no result files, say
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + "-dirty" * bool(changed)
     except OSError:
         return "unknown"
-    return git.stdout.strip() or "unknown"
 
 
 def provenance():

@@ -9,6 +9,7 @@ A run that was interrupted goes on. Logs stand in out/logs. A result file that i
 """
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -151,4 +152,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
     main(sys.argv[1:])

@@ -347,13 +347,16 @@ def test_a_result_of_changed_code_says_so(tmp_path, monkeypatch):
                        capture_output=True)
 
     git("init")
+    os.mkdir(tmp_path / "harness")
     (tmp_path / "code.py").write_text("a = 1\n")
+    (tmp_path / "result.json").write_text("1")
     git("add", ".")
     git("commit", "-m", "first")
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "harness" / "runs.py"))
     clean = runs.current_commit()
     assert re.fullmatch("[0-9a-f]{7,}", clean)
     monkeypatch.setenv("GIT_DIR", os.path.join(ROOT, ".git"))  # in a hook of another repository, say
+    (tmp_path / "result.json").write_text("2")  # which another run replaced
     assert runs.current_commit() == clean
     (tmp_path / "code.py").write_text("a = 2\n")
     assert runs.current_commit() == f"{clean}-dirty"
