@@ -2,8 +2,9 @@
 
     python tests/results.py                  # all that is left
     python tests/results.py --list           # what is left, and nothing is run
-    python tests/results.py tasks sorting    # of paths below assets/results that contain all of these words
-    python tests/results.py shares           # runs on bases of unequal shares
+    python tests/results.py tasks/ sorting   # of paths below assets/results that contain all of these words
+    python tests/results.py shares/          # runs on bases of unequal shares
+    python tests/results.py shares/grid_skewed_continuous
 
 A run that was interrupted goes on. Logs stand in out/logs. A result file that is to be made again is removed first.
 """
