@@ -411,6 +411,9 @@ def check(cfg):
              "pool (pool_size)")
     if cfg.pool_size % cfg.batch_size:
         fail(f"config key 'pool_size' must be a multiple of batch_size ({cfg.batch_size})")
+    before = cfg.cell_steps if cfg.z_dim else cfg.fixed_label_steps + cfg.responsibility_steps
+    if before > cfg.steps:
+        say(f"{cfg.name}: {cfg.steps} steps end before the ELBO, which begins after {before}")
     if cfg.z_dim and not cfg.cluster_inputs:
         fail("config key 'cluster_inputs': a continuous z needs clusters to begin with, got 0")
     if cfg.z_dim and cfg.z_dim < K - 1:

@@ -1053,6 +1053,15 @@ def test_a_key_that_plays_no_part_for_the_kind_of_z_is_refused(workplace, short,
     assert not os.path.exists("out/unused")
 
 
+@KINDS
+def test_steps_that_end_before_the_elbo_are_said_to(workplace, short, capsys):
+    before = 2 if short is SHORT_CONTINUOUS else 3
+    for steps in (before - 1, before):
+        factorize.check(config.load(factorize, [*short, f"--steps={steps}"]))
+        said = f"{steps} steps end before the ELBO, which begins after {before}" in capsys.readouterr().out
+        assert said == (steps < before)
+
+
 @pytest.mark.parametrize("kind, keys", [unused[1:] for unused in UNUSED], ids=["continuous", "discrete"])
 def test_the_help_says_for_which_kind_of_z_a_key_is(kind, keys):
     """The keys that a kind of z refuses stand under the headings of the other kind, and no others do."""
