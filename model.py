@@ -7,7 +7,7 @@ Dimensions, here and in every other file:
     B batch   T positions   C width   V vocabulary   nh heads   hs head size   L layers
     K latents   D latent size   n latents, or samples of z, that a record is scored under   S strategies
 [1] Language Models are Unsupervised Multitask Learners  [2] arXiv 1910.07467  [3] RoFormer, arXiv 2104.09864
-[4] Query-Key Normalization, arXiv 2010.04245
+[4] Query-Key Normalization, arXiv 2010.04245  [5] Srivastava et al. 2014, JMLR 15
 
 One record, as the base reads it, and as the generator does. The latent section takes no position of its own, so that y
 keeps the positions at which the base learned to read it. The router is what the model says after <z>.
@@ -84,9 +84,12 @@ class Block(nn.Module):
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
-        x = x + self.attention(norm(x), cos, sin, mask, cache)
-        return x + self.down(F.gelu(self.up(norm(x))))
+    def forward(self, x, cos, sin, mask=None, cache=None, keep=None):
+        """keep: (2, B, T, C) factors of what attention and MLP add, 0 or 1 / (1 - p): dropout [5]."""
+        added = self.attention(norm(x), cos, sin, mask, cache)
+        x = x + (added if keep is None else added * keep[0])
+        added = self.down(F.gelu(self.up(norm(x))))
+        return x + (added if keep is None else added * keep[1])
 
 
 class GPT(nn.Module):
@@ -124,9 +127,9 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T) positions, from 0."""
         return (self.takes_position(ids).cumsum(dim=1) - 1).clamp(min=0)
 
-    def hidden_states(self, ids, positions=None, mask=None, caches=None, z=None):
+    def hidden_states(self, ids, positions=None, mask=None, caches=None, z=None, keep=None):
         """(B, T) ids -> list of L + 1 tensors (B, T, C): the embedding, to which E(z) is added at <z_empty> where z
-        (B, D) is given, and the stream after every block."""
+        (B, D) is given, and the stream after every block; keep: (L, 2, B, T, C), see Block."""
         positions = self.positions(ids) if positions is None else positions
         last = int(positions.max())
         assert last < self.config.block_size, f"{last + 1} positions exceed block_size {self.config.block_size}"
@@ -135,8 +138,9 @@ class GPT(nn.Module):
         if z is not None:
             states[0] = states[0] + (ids == Z_EMPTY)[..., None] * self.embed_z(z)[:, None]
         with contextlib.nullcontext() if caches else parallel.autocast():  # samples are of float32
-            for block, cache in zip(self.blocks, caches or len(self.blocks) * [None]):
-                states.append(block(states[-1], cos, sin, mask, cache))
+            nothing = len(self.blocks) * [None]
+            for block, cache, kept in zip(self.blocks, caches or nothing, nothing if keep is None else keep):
+                states.append(block(states[-1], cos, sin, mask, cache, kept))
         return states
 
     def logits(self, hidden):
@@ -327,9 +331,9 @@ def y_nll(logits, ids, starts):
     return losses * ((t >= starts[:, None]) & (ids != PAD))
 
 
-def score_base(model, pairs):
-    """Teacher-forced y_nll of Pairs of B under a model without latents: (B, T)."""
-    logits = model(pairs.ids)  # column 0 is <bos>, never in y
+def score_base(model, pairs, keep=None):
+    """Teacher-forced y_nll of Pairs of B under a model without latents: (B, T). keep: see GPT.hidden_states."""
+    logits = model(pairs.ids, keep=keep)  # column 0 is <bos>, never in y
     return y_nll(torch.cat((logits[:, :1], logits[:, :-1]), dim=1), pairs.ids, pairs.starts)
 
 

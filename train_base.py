@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from harness import config, parallel, runs
-from harness.config import Count, fail, say
+from harness.config import Count, between, fail, say
 from harness.optim import make_optimizers, set_learning_rates, update
 from harness.parallel import seeded, sum_chunks
 from model import GPT, GPTConfig, as_pairs, in_chunks, sample_in_batches, score_base
@@ -46,6 +46,7 @@ class Config:
     lr: float = 0.01  # peak learning rate of Muon's matrices
     adamw_lr: float = 0.01  # peak learning rate of AdamW's parameters
     weight_decay: float = 0.01  # decoupled, as in AdamW
+    dropout: between(0.0, 0.9) = 0.0  # part of what attention and MLP add that is left out, against learning by heart
     warmup: int = 50  # steps of linear warm-up; over all steps the rate falls linearly to 0
     eval_every: Count = 500  # steps between validations
     eval_size: Count = 256  # held-out records and samples a validation
@@ -181,13 +182,22 @@ def training_batch(task, tokenizer, cfg, step):
     return as_pairs(records, starts), weights
 
 
-def gradient(model, pairs, weights, n_chunks):
+def dropout(model, pairs, p, key):
+    """Factors of what the blocks add at every place of the pairs (L, 2, B, T, C): a function of `key` (int) alone; None
+    where p is 0."""
+    shape = len(model.blocks), 2, *pairs.ids.shape, model.config.n_embd
+    return (torch.rand(shape, generator=seeded(key)) >= p) / (1 - p) if p else None
+
+
+def gradient(model, pairs, weights, n_chunks, keep=None):
     """The cross-entropy of y (nats a sequence), summed over pairs with `weights` (N,), and its gradient, a tensor for
-    every parameter; computed in chunks of similar length, side by side."""
+    every parameter; computed in chunks of similar length, side by side. keep: of `dropout`."""
     parameters = list(model.parameters())
 
     def of_chunk(rows):
-        nll = weights[rows] @ score_base(model, pairs.rows(rows)).sum(dim=1)
+        chunk = pairs.rows(rows)
+        kept = None if keep is None else keep[:, :, rows, :chunk.ids.shape[1]]
+        nll = weights[rows] @ score_base(model, chunk, kept).sum(dim=1)
         return nll.detach(), *torch.autograd.grad(nll, parameters)
 
     nll, *gradients = sum_chunks(of_chunk, pairs.by_length(n_chunks))
@@ -225,7 +235,8 @@ def train(cfg):
         for step in bar:
             set_learning_rates(optimizers, step, cfg)
             pairs, weights = training_batch(task, tokenizer, cfg, step)
-            loss, gradients = gradient(model, pairs, weights, cfg.chunks)
+            keep = dropout(model, pairs, cfg.dropout, cfg.seed * 10**6 + step)
+            loss, gradients = gradient(model, pairs, weights, cfg.chunks, keep)
             run.check_finite(step, {"cross-entropy": loss}, gradients)
             update(optimizers, parameters, gradients)
             if run.due(step):
@@ -290,8 +301,8 @@ def get_base(cfg, config_path):
     base, task, checkpoint = load_base(path)
     same = ("task", "task_sizes", "strategy_weights", "wordings", "distinct_inputs")
     for key in (*same, "n_layer", "n_head", "n_embd", "block_size", "steps",
-                "batch_size", "crop", "optimizer", "lr", "adamw_lr", "weight_decay", "warmup", "seed"):
-        was, is_now = checkpoint["config"][key], getattr(cfg, key)
+                "batch_size", "crop", "optimizer", "lr", "adamw_lr", "weight_decay", "dropout", "warmup", "seed"):
+        was, is_now = (vars(Config("")) | checkpoint["config"])[key], getattr(cfg, key)
         differs = f"'{path}' was trained with {key} = {was!r}, but {config_path} says {is_now!r}"
         if key == "task" and os.path.isfile(was) and os.path.isfile(is_now) and os.path.samefile(was, is_now):
             continue
