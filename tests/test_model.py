@@ -28,8 +28,9 @@ def prompts(n, seed=0):
     return [[BOS, X, *(rng.randrange(10, VOCAB) for _ in range(rng.randint(1, 6))), X_END, Y] for _ in range(n)]
 
 
-def slow_logits(model, ids):
-    """One sequence, position by position, head by head: the transformer as its definition has it."""
+def slow_logits(model, ids, keep):
+    """One sequence, position by position, head by head: the transformer as its definition has it. keep: (L, 2, T, C)
+    factors of what attention and MLP add."""
     C, nh = model.config.n_embd, model.config.n_head
     hs = C // nh
 
@@ -46,7 +47,7 @@ def slow_logits(model, ids):
         return out
 
     stream = [model.embed.weight[i] for i in ids]
-    for block in model.blocks:
+    for block, (keep_attention, keep_mlp) in zip(model.blocks, keep):
         qkv = [block.attention.qkv.weight @ norm(v) for v in stream]
         attended = []
         for t in range(len(ids)):
@@ -57,14 +58,17 @@ def slow_logits(model, ids):
                 scores = torch.stack([q @ k / math.sqrt(hs) for k in keys])
                 weights = scores.softmax(dim=0)
                 heads.append(sum(weights[s] * qkv[s][2 * C + h * hs:2 * C + (h + 1) * hs] for s in range(t + 1)))
-            attended.append(stream[t] + block.attention.proj.weight @ torch.cat(heads))
-        stream = [v + block.down.weight @ F.gelu(block.up.weight @ norm(v)) for v in attended]
+            attended.append(stream[t] + keep_attention[t] * (block.attention.proj.weight @ torch.cat(heads)))
+        stream = [v + k * (block.down.weight @ F.gelu(block.up.weight @ norm(v))) for v, k in zip(attended, keep_mlp)]
     return torch.stack([model.head.weight @ norm(v) for v in stream])
 
 
 def test_the_forward_pass_is_that_of_explicit_loops(model):
     ids = prompts(1, seed=3)[0]
-    assert torch.allclose(model(torch.tensor([ids]))[0], slow_logits(model, ids), atol=1e-3)
+    keep = torch.ones(len(model.blocks), 2, len(ids), model.config.n_embd)
+    assert torch.allclose(model(torch.tensor([ids]))[0], slow_logits(model, ids, keep), atol=1e-3)
+    keep = (torch.rand(keep.shape, generator=torch.Generator().manual_seed(0)) > 0.3) / 0.7  # dropout
+    assert torch.allclose(model(torch.tensor([ids]), keep=keep[:, :, None])[0], slow_logits(model, ids, keep), atol=1e-3)
 
 
 def test_a_later_token_changes_no_earlier_logit(model):

@@ -160,14 +160,33 @@ def test_a_batch_of_the_base_is_a_function_of_seed_and_step(workplace):
     assert all(a != b for a, b in itertools.combinations([batch(0, 0), batch(0, 1), batch(1, 0), batch(1, 1)], 2))
 
 
-def test_a_batch_in_chunks_trains_the_base_like_a_whole_one(workplace):
-    nll = {}
+@pytest.mark.parametrize("dropout", [0, 0.3])
+def test_a_batch_in_chunks_trains_the_base_like_a_whole_one(workplace, monkeypatch, dropout):
+    nll, kept = {}, []
+    spy(monkeypatch, train_base, "gradient", lambda *args: kept.append(args[4]))
     for chunks in (1, 3):
         train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=chunks", "--overwrite=True",
-                                                  "--steps=8", "--warmup=0", f"--chunks={chunks}"]))
+                                                  "--steps=8", "--warmup=0", f"--chunks={chunks}",
+                                                  f"--dropout={dropout}"]))
         with open("out/chunks/metrics.json") as f:
             nll[chunks] = json.load(f)["nll"]
     assert nll[3] == pytest.approx(nll[1], rel=1e-3)
+    assert all((keep is not None) == (dropout > 0) for keep in kept)
+    assert not dropout or not any(torch.equal(a[..., :9, :], b[..., :9, :]) for a, b in itertools.pairwise(kept))
+
+
+def test_dropout_leaves_out_its_part_anew_in_every_step_and_the_mean_as_it_is(workplace):
+    """Factors 0 in a part p, else 1 / (1 - p)."""
+    base, task, _ = get_base(SHORT)
+    cfg = config.load(train_base, ["configs/tiny_base.py"])
+    pairs = train_base.training_batch(task, Tokenizer(task.vocab), cfg, 0)[0]
+    one, again, other = (train_base.dropout(base, pairs, 0.3, key) for key in (1, 1, 2))
+    assert torch.equal(one, again) and ((one == 0) != (other == 0)).float().mean().item() == pytest.approx(0.42, abs=0.01)
+    assert (one == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert one[one > 0].unique().tolist() == pytest.approx([1 / 0.7])
+    for dims in itertools.combinations(range(5), 4):  # each layer, branch, pair, place and channel has its own
+        assert one.expand(2, 2, *pairs.ids.shape, 64).mean(dim=dims).std() < 0.1
+    assert train_base.dropout(base, pairs, 0.0, 1) is None
 
 
 def test_a_mixture_weighs_the_records_of_every_input(workplace):
@@ -1321,7 +1340,8 @@ def test_a_signal_in_the_last_step_finds_a_finished_run(workplace, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_base_that_is_interrupted_and_resumed_is_the_same_base(workplace, monkeypatch, number):
-    flags, names = ["configs/tiny_base.py", "--steps=6", "--eval_every=2"], (f"whole{number}", f"parts{number}")
+    flags = ["configs/tiny_base.py", "--steps=6", "--eval_every=2", "--dropout=0.2"]
+    names = f"whole{number}", f"parts{number}"
     whole, parts = (config.load(train_base, [*flags, f"--name={name}"]) for name in names)
     train_base.train(whole)
     assert interrupt(monkeypatch, train_base.train, parts, number=number) == 128 + number
