@@ -6,6 +6,7 @@
 
 Strategy names are read here and by train_base.py alone. A glossary of all metrics is in assets/results/README.md.
 """
+import contextlib
 import math
 import os
 import random
@@ -178,7 +179,8 @@ def exact_alignment(p, there, matching, kinds):
 
 def not_sampled(model, base, task, tokenizer, xs, logp_z, matching):
     """What `exact_alignment` and `router_at_work` say, from log p(z|x) (N, K) and the probabilities of all traces."""
-    kinds, there = list(map(task.kind, xs)), torch.tensor([[s in task.mixture(x) for s in task.strategies] for x in xs])
+    kinds, mixtures = list(map(task.kind, xs)), list(map(task.mixture, xs))
+    there = torch.tensor([[s in own for s in task.strategies] for own in mixtures])
     p, parts = strategy_probabilities(model, base, task, tokenizer, xs)
     p_model = torch.einsum("nk,kns->ns", logp_z.exp(), parts[1:])
     at_work, *by_kind = router_at_work(logp_z, p_model, parts[0], kinds)
@@ -445,6 +447,9 @@ def evaluate(folder, seed=0):
     runs.write_result(folder, cfg, made_with, metrics)
     titles = [f"{s}\nrouter {share:.0%}, base {base_share:.0%}"  # shares of the samples of either
               for s, share, base_share in zip(task.strategies, shares, base_shares)]
+    for name in ("training", "latent_space", "traces", "matching", "router"):
+        with contextlib.suppress(FileNotFoundError):  # of an earlier run, or with other labels
+            os.remove(os.path.join(folder, f"{name}.png"))
     log = runs.read_log(folder)
     if log and log[-1]["minutes"] == checkpoint["last_log"]["minutes"]:
         figures.draw_training(log, os.path.join(folder, "training.png"))
@@ -456,7 +461,7 @@ def evaluate(folder, seed=0):
     else:
         figures.draw_traces(task.text(xs[0]), *sample_traces(run, xs[0], seed), task.strategies,
                             os.path.join(folder, "traces.png"))
-    if C is not None:
+    if C is not None and len(task.strategies) <= 100:  # no figure is wide enough for more
         figures.draw_matching(C, matching, titles, os.path.join(folder, "matching.png"))
         figures.draw_router(*by_kind, matching, task.strategies, os.path.join(folder, "router.png"))
     for name in SHOWN:
@@ -561,7 +566,7 @@ def answer(argv):
     if not os.path.isdir(folder):
         fail(f"run folder '{folder}' does not exist; python factorize.py makes one")
     for flag in flags:
-        if not re.fullmatch(r"--show=[1-9][0-9]*|--x=.+", flag, re.DOTALL):
+        if not re.fullmatch(r"--show=[1-9][0-9]{0,11}|--x=.+", flag, re.DOTALL):
             fail(f"unknown or incomplete flag '{flag}'; known: --show=N, --x=\"...\"")
     if not flags:
         if not os.path.exists(checkpoint := os.path.join(folder, "ckpt.pt")):

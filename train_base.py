@@ -86,11 +86,17 @@ def make_task(cfg):
             records, starts, *_ = record_batch(task, Tokenizer(task.vocab), random.Random(0), 20, split)
             if len({tuple(record[:start]) for record, start in zip(records, starts)}) < 2:
                 raise ValueError(f"{name} of these sizes has a single {split} input")
-        return task
-    except KeyError as e:
-        fail(f"config key 'task_sizes': {e} is not in the vocabulary of {name}")
-    except (TypeError, ValueError, OverflowError) as e:
+    except ValueError as e:
         fail(f"config key 'task_sizes': {e}")
+    except (KeyError, TypeError, OverflowError) as e:
+        if not sizes:  # a mistake in the code of the task
+            raise
+        fail(f"config key 'task_sizes': {e}" + f" is not in the vocabulary of {name}" * isinstance(e, KeyError))
+    for x in (task.sample_input(random.Random(i)) for i in range(20)):
+        for s, y in task.traces(x):
+            assert task.parse(y)[1:] == (task.answer(x), None), f"{name}: {s} solves {x} by {y}: {task.parse(y)}"
+            assert task.trace(x, s) == y, f"{name}: {s} solves {x} in another way each time"
+    return task
 
 
 def with_weights(task, weights):
@@ -268,14 +274,18 @@ def train(cfg):
                     "c_base": c_base}, scores)
 
 
-def load_base(path):
-    """The base model of a checkpoint, its task, and the checkpoint."""
+def load_base(path, file=""):
+    """The base model of a checkpoint, its task, and the checkpoint. file: where its traces are now, if they have moved."""
     checkpoint = runs.load_checkpoint(path, "base")
+    if os.path.isfile(file) and not os.path.exists(checkpoint["config"]["task"]):
+        checkpoint["config"]["task"] = file
     return *build_base(checkpoint), checkpoint
 
 
 def build_base(checkpoint):
     """Base checkpoint -> (frozen model, task)."""
+    if checkpoint.get("data") is not None and not os.path.isfile(file := checkpoint["config"]["task"]):
+        fail(f"the base was trained on the file '{file}', which is not there, seen from '{os.getcwd()}'")
     task = make_task(checkpoint["config"])
     if list(task.vocab) != checkpoint["vocab"]:
         fail(f"the base was trained on another vocabulary than that of {task.name}")
@@ -298,7 +308,7 @@ def get_base(cfg, config_path):
                  f"python train_base.py {config_path} --overwrite=True starts it again")
         say(f"{path} is missing: training the base model first (python train_base.py {config_path})")
         train(cfg)
-    base, task, checkpoint = load_base(path)
+    base, task, checkpoint = load_base(path, cfg.task)
     same = ("task", "task_sizes", "strategy_weights", "wordings", "distinct_inputs")
     for key in (*same, "n_layer", "n_head", "n_embd", "block_size", "steps",
                 "batch_size", "crop", "optimizer", "lr", "adamw_lr", "weight_decay", "dropout", "warmup", "seed"):

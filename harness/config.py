@@ -30,7 +30,7 @@ Weight = between(-LARGEST, LARGEST)
 
 def fail(message):
     """Ends the program with one line on stderr and exit code 1: for mistakes of the user, not of the programmer."""
-    sys.exit(f"error: {message}")
+    sys.exit("error: " + " ".join(message.split()))
 
 
 def say(line):
@@ -88,11 +88,12 @@ def usage(script):
 
 
 def assignments(path):
-    """What a config file assigns, key -> value; imported modules and names with a leading _ are its own business."""
+    """What a config file assigns, key -> value; what it imports or defines, and names with a leading _, are its own
+    business."""
     if not os.path.exists(path) or os.path.isdir(path):  # a pipe is no file, but can be read
         folder = os.path.dirname(path) or "."
-        there = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
-        close = difflib.get_close_matches(path, there, n=1)
+        there = [os.path.join(folder, name) for name in os.listdir(folder)] if os.access(folder, os.R_OK) else []
+        close = difflib.get_close_matches(path, there, n=1) if not os.path.exists(path) else ()
         fail(f"config file '{path}' {'is a folder' if os.path.isdir(path) else 'does not exist'}"
              + (f", did you mean '{close[0]}'?" if close else ""))
     assigned = {"__file__": path}
@@ -102,7 +103,7 @@ def assignments(path):
     except (Exception, SystemExit) as e:
         fail(f"config file '{path}' cannot be run: {type(e).__name__}: {e}")
     return {key: value for key, value in assigned.items()
-            if not key.startswith("_") and not isinstance(value, types.ModuleType)}
+            if not key.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
 
 
 def load(script, argv):

@@ -7,6 +7,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 
+from harness import runs
+
 
 def new_figure(width, height, columns=1, **layout):
     os.environ["MPLBACKEND"] = "agg"  # no window, whatever a notebook's shell asks for
@@ -16,6 +18,10 @@ def new_figure(width, height, columns=1, **layout):
     warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is drawn as a box
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots(1, columns, **layout)
+
+
+def save(figure, path):
+    runs.write(os.fspath(path), lambda f: figure.savefig(f, dpi=120, format="png"))
 
 
 def draw_matching(C, matching, strategies, path):
@@ -32,7 +38,7 @@ def draw_matching(C, matching, strategies, path):
         if match is not None:
             left, right, top, bottom = match - 0.48, match + 0.48, k - 0.48, k + 0.48
             axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="crimson", linewidth=2)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def draw_router(kinds, router, base, matching, strategies, path):
@@ -48,7 +54,7 @@ def draw_router(kinds, router, base, matching, strategies, path):
             bottom += shares[:, z].cpu()
     axis.set_xticks(range(len(kinds)), [f"{kind}\nbase | router" for kind in kinds], fontsize=8)
     figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def draw_latent_space(means, labels, z, found, strategies, path):
@@ -74,7 +80,7 @@ def draw_latent_space(means, labels, z, found, strategies, path):
         axis.set_aspect("equal")
         axis.set_title(title, fontsize=10)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def draw_training(log, path):
@@ -100,7 +106,7 @@ def draw_training(log, path):
         axis.set_xlabel("step")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def draw_traces(x, of_base, of_latents, strategies, path):

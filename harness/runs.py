@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,8 @@ class Run:
             signal.signal(s, handler)
         if isinstance(error, OSError):  # the log, on a full disk
             fail(f"{self.cfg.name}: {error}; what was saved before is as it was")
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in str(error):
+        no_memory = re.search("t allocate memory|bad_alloc", str(error))
+        if no_memory or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             fail(f"{self.cfg.name}: there is not enough memory; more chunks, or a smaller model, need less")
         if kind is None and self.signals:  # during the last step
             sys.exit(128 + self.signals[0])
@@ -184,7 +186,7 @@ def claim(folder):
         return open(os.devnull)
     try:
         os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, "pid"), "a+")
+        lock = open(os.path.join(folder, "pid"), "a+", errors="replace")
         lock.seek(0)
         holder = lock.read()
         try:
@@ -259,7 +261,7 @@ def read_log(folder):
     try:
         with open(os.path.join(folder, "log.jsonl")) as f:
             return [json.loads(line) for line in f]
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return []
 
 
@@ -270,6 +272,8 @@ def load_checkpoint(path, kind):
         fail(f"checkpoint '{path}' does not exist" + "; its run is not finished: --resume=True goes on with it" * begun)
     try:
         checkpoint = torch.load(path, map_location=torch.get_default_device(), weights_only=True)
+    except OSError as e:
+        fail(f"checkpoint '{path}' cannot be read: {e}")
     except Exception as e:  # truncated, not a checkpoint, or holding something other than tensors and plain types
         fail(f"checkpoint '{path}' cannot be read ({type(e).__name__}): truncated, or no checkpoint; without it, "
              "it is trained again")

@@ -1,7 +1,9 @@
 """What users of other projects report, tried here: shared names, two programs in one folder, odd shells and folders."""
 import contextlib
 import copy
+import dataclasses
 import errno
+import itertools
 import json
 import os
 import random
@@ -228,7 +230,7 @@ def test_programs_run_with_stdout_closed_and_into_a_pipe_that_closes(workplace):
 
 
 def test_a_config_may_be_a_pipe_and_import_modules(workplace):
-    lines = "import math\\ntask = 'grid_pathfinding'\\nsteps = int(math.sqrt(4))\\nname = 'piped'\\n"
+    lines = "import math\\nfrom math import sqrt\\ntask = 'grid_pathfinding'\\nsteps = int(math.sqrt(4))\\nname = 'piped'\\n"
     more = " ".join(BASE[2:] + ["--overwrite=True", "--block_size=64", "--n_layer=1", "--n_embd=16"])
     done = shell(f'{sys.executable} {ROOT}/train_base.py <(printf "{lines}") {more}', workplace)
     assert done.returncode == 0 and os.path.exists("out/piped/ckpt.pt"), done.stderr
@@ -242,11 +244,18 @@ def test_a_config_may_have_any_encoding_that_python_reads(tmp_path, text):
 
 @pytest.mark.parametrize("text, says", [
     ("import sys\nsys.exit(0)", "SystemExit"), ("raise SystemExit", "SystemExit"), ("name = 'a\\nb'", "'name'"),
-    ("name = 'a\\0b'", "'name'"), ("name = ''", "'name'"), (None, "is a folder")])
+    ("name = 'a\\0b'", "'name'"), ("name = ''", "'name'"), (None, "is a folder"),
+    ("raise ImportError('one\\n\\ntwo')", "ImportError: one two")])
 def test_a_config_that_cannot_be_used_is_one_line(tmp_path, text, says):
     path = tmp_path / "base.py"
     path.mkdir() if text is None else path.write_text(f"task = 'grid_pathfinding'\n{text}\n")
     fails(lambda: config.load(train_base, [str(path)]), says)
+
+
+def test_no_config_is_looked_for_where_nothing_can_be_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "listdir", lambda path: errno.EACCES / 0)
+    fails(lambda: config.load(train_base, [str(tmp_path / "base.py")]), "does not exist")
 
 
 def test_a_base_is_looked_up_beside_the_config_file_and_this_is_said(tmp_path, monkeypatch, capsys):
@@ -439,6 +448,53 @@ def test_a_log_of_other_bytes_is_no_obstacle(workplace):
         f.write(b"\xff\xfe")
     train_base.train(config.load(train_base, [*flags, "--resume=True"]))
     assert bytes_of("out/bytes/log.jsonl").startswith(b"\xff\xfe") and bytes_of("out/bytes/log.jsonl").count(b"\n") == 2
+    assert runs.read_log("out/bytes") == []
+    with open("out/bytes/pid", "wb") as f:
+        f.write(b"\xff\xfe")
+    runs.claim("out/bytes").close()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_broken(workplace, monkeypatch):
+    """What says so may be removed."""
+    def refuse(path, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(SystemExit) as exit:
+        runs.load_checkpoint("out/tiny_base/ckpt.pt", "base")
+    assert "Permission denied" in exit.value.code and not re.search("truncated|trained again", exit.value.code)
+
+
+@pytest.mark.parametrize("steps, says", [
+    (lambda x: ["right", "1"], "'r'"), (lambda x: [["right", ";", "1"], []], "empty step"),
+    (lambda x: [[random.choice("12345678")] for _ in range(9)], "another way each time"),
+    (lambda x: [["ans", "1"]], "solves"), (lambda x: 1 + "a", "unsupported operand")])
+def test_a_strategy_that_leaves_no_proper_trace_stops_before_training(monkeypatch, steps, says):
+    """It is a programmer's mistake, so that its place is shown. A sequence of tokens is no list of steps."""
+    task = dataclasses.replace(train_base.TASKS["grid_pathfinding"], distinct=False)
+    task = dataclasses.replace(task, steps={**task.steps, "new": steps})
+    monkeypatch.setitem(train_base.TASK_FUNCTIONS, "grid_pathfinding", lambda: task)
+    cfg = config.load(train_base, [*BASE, "--task_sizes={}", "--name=odd_task"])
+    with pytest.raises((AssertionError, TypeError, KeyError), match=says):
+        train_base.make_task(vars(cfg))
+
+
+def test_of_too_many_strategies_no_matrix_is_drawn(workplace, monkeypatch):
+    """A file may have a label for every record."""
+    run("labels")
+    many = {f"strategy {i}": None for i in range(98)}
+    load_run, drawn = evaluate.load_run, []
+    monkeypatch.setattr(figures, "draw_matching", lambda *args: drawn.append(args))
+    for more, n in ((98, 0), (97, 1)):
+        def labelled(folder):
+            checkpoint, base, task, *rest = load_run(folder)
+            names = dict(itertools.islice(many.items(), more))
+            weights = len(task.strategies) * [1.0] + more * [0.0]
+            return checkpoint, base, dataclasses.replace(task, steps=task.steps | names, weights=weights), *rest
+
+        monkeypatch.setattr(evaluate, "load_run", labelled)
+        evaluate.evaluate("out/labels")
+        assert len(drawn) == n
 
 
 def test_evaluation_leaves_a_folder_that_is_no_runs_as_it_is(tmp_path):
@@ -450,6 +506,9 @@ def test_evaluation_leaves_a_folder_that_is_no_runs_as_it_is(tmp_path):
 def test_too_little_memory_is_one_line(workplace):
     flags = [*BASE, "--name=large", "--n_embd=400000000", "--n_head=2"]
     fails(lambda: train_base.train(config.load(train_base, flags)), "large: there is not enough memory")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_base, "make_optimizers", lambda *args: exec("raise RuntimeError('std::bad_alloc')"))
+        fails(lambda: train_base.train(config.load(train_base, [*BASE, "--name=small"])), "there is not enough memory")
 
 
 @pytest.mark.parametrize("flags, says", [

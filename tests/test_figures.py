@@ -1,6 +1,8 @@
 """What `python evaluate.py out/<run>` draws is what it says, on made-up numbers and on tiny runs."""
+import errno
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -45,9 +47,8 @@ def test_an_evaluation_draws_what_applies_to_the_run(workplace, monkeypatch, dra
     against_base, found = evaluate.against_base, []
     monkeypatch.setattr(evaluate, "against_base", lambda *args: found.append(against_base(*args)) or found[-1])
     factorized("drawn", "--eval_inputs=8")
-    for name in os.listdir("out/drawn"):  # of the other kind of run
-        if name.endswith(".png"):
-            os.remove(f"out/drawn/{name}")
+    for name in ("training", "latent_space", "traces", "matching", "router"):  # as the other kind of run leaves them
+        shutil.copyfile("configs/tiny_base.py", f"out/drawn/{name}.png")
     evaluate.main(["out/drawn"])
     assert {name for name in os.listdir("out/drawn") if name.endswith(".png")} == names
     assert all(os.path.getsize(f"out/drawn/{name}") > 5000 for name in names)
@@ -55,6 +56,21 @@ def test_an_evaluation_draws_what_applies_to_the_run(workplace, monkeypatch, dra
     texts = [text.get_text().strip() for figure in drawn for axis in figure.axes for text in axis.findobj(Text)]
     for strategy, share, base_share in zip(TASKS["grid_pathfinding"].strategies, shares, base_shares):
         assert any(re.fullmatch(f"{strategy}\\s.*router {share:.0%}.*base {base_share:.0%}", text) for text in texts)
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    """A full disk is met after some bytes are written."""
+    path = tmp_path / "training.png"
+    path.write_text("before")
+
+    def part_of(figure, file, **kwargs):
+        file.write(b"part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", part_of)
+    with pytest.raises(SystemExit, match="cannot write .*training.png"):
+        figures.draw_training([{"step": 1, "normalized_reconstruction": 1.0, "kl": 0.0}], str(path))
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["training.png"]
 
 
 def test_an_evaluation_in_training_logs_what_its_alignment_is_made_of(workplace):

@@ -352,6 +352,22 @@ def test_a_file_that_has_changed_is_noticed(labelled, rows, tmp_path, capsys):
     assert "other records" in ends(lambda: train_base.train(config.load(train_base, [*flags, "--resume=True"])))
 
 
+def test_a_file_may_move_to_where_the_config_says_it_is(labelled, tmp_path):
+    """Not to anywhere: evaluate.py has no config, and names the file that is missing."""
+    with open("out/no_labels/config.json") as f:
+        base = json.load(f)["base"]
+    path, moved = re.search(r"--task=(\S+)", base)[1], str(tmp_path / "moved.jsonl")
+    os.rename(path, moved)
+    try:
+        assert f"'{path}', which is not there" in ends(lambda: evaluate.load_run("out/no_labels"))
+        name = re.search(r"--name=(\S+)", base)[1]
+        assert train_base.load_base(f"out/{name}/ckpt.pt", moved)[1].name == moved
+        run("after_the_move", f"--base={base.replace(path, moved)}")
+        assert evaluate.load_run("out/after_the_move")[2].name == moved
+    finally:
+        os.rename(moved, path)
+
+
 def test_a_factorization_does_not_go_on_with_other_records(labelled, rows, tmp_path):
     file = write(tmp_path / "a.jsonl", rows)
     base = [*BASE[:-1], f"--task={file}", "--name=of_file"]
