@@ -261,7 +261,7 @@ def train(cfg):
         if scores["nll"] > 1.01 * best["nll"]:
             say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to "
                 f"{scores['nll']:.3f}: the former weights are kept. If it rises by much, the base overfits: more data, "
-                "or fewer steps, may help")
+                "--dropout=0.1 or fewer steps may help")
         rng = random.Random(f"validation {cfg.seed}")
         c_base, _ = held_out_loss(model, task, tokenizer, cfg.final_eval_size, rng, "validation")
         scores = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test")
