@@ -15,6 +15,9 @@ import signal
 import sys
 import textwrap
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, also while torch loads
+
 import torch
 import torch.nn.functional as F
 

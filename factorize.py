@@ -19,6 +19,9 @@ import signal
 import sys
 from typing import Literal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch loads, and until runs.Run listens
+
 import torch
 import torch.nn.functional as F
 
@@ -421,7 +424,6 @@ def check(cfg):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, until runs.Run listens
     run_folder = factorize(config.load(sys.modules["__main__"], sys.argv[1:]))
     if parallel.leave():
         evaluate.main([run_folder])

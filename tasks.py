@@ -607,7 +607,8 @@ TASKS = {name: task() for name, task in TASK_FUNCTIONS.items()}
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
+    for number in (signal.SIGPIPE, signal.SIGINT):  # whoever reads may have seen enough
+        signal.signal(number, signal.SIG_DFL)
     any_terminal()
     if sys.argv[1:2] in (["--help"], ["-h"]):
         sys.exit(print(__doc__))

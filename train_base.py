@@ -16,6 +16,9 @@ import signal
 import sys
 from typing import Literal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, while torch loads and until runs.Run listens
+
 import torch
 
 from harness import config, parallel, runs
@@ -324,6 +327,5 @@ def get_base(cfg, config_path):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, until runs.Run listens
     train(config.load(sys.modules["__main__"], sys.argv[1:]))
     parallel.leave()

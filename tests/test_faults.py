@@ -288,6 +288,28 @@ def test_ctrl_c_before_the_first_step_leaves_no_traceback(workplace):
     assert done.returncode == -signal.SIGINT and not done.stderr
 
 
+def test_ctrl_c_leaves_no_traceback_while_a_file_is_read(tmp_path):
+    os.mkfifo(tmp_path / "traces.jsonl")
+    reader = subprocess.Popen([sys.executable, f"{ROOT}/tasks.py", "traces.jsonl"], cwd=tmp_path, stderr=subprocess.PIPE)
+    with open(tmp_path / "traces.jsonl", "w"):  # waits until it is opened on the other side, too
+        reader.send_signal(signal.SIGINT)
+        assert reader.communicate()[1] == b"" and reader.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("script", ["train_base.py", "factorize.py", "evaluate.py"])
+def test_ctrl_c_leaves_no_traceback_while_packages_load(tmp_path, script):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name == 'torch':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n")
+    done = subprocess.run([sys.executable, f"{ROOT}/{script}", "-h"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == -signal.SIGINT and not done.stderr
+
+
 def test_help_ends_quietly_and_leaves_signals_to_the_caller(workplace):
     before, found = signal.getsignal(signal.SIGPIPE), []
 
