@@ -607,8 +607,8 @@ TASKS = {name: task() for name, task in TASK_FUNCTIONS.items()}
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGPIPE, signal.SIGINT):  # whoever reads may have seen enough
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
     any_terminal()
     if sys.argv[1:2] in (["--help"], ["-h"]):
         sys.exit(print(__doc__))

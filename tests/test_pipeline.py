@@ -142,7 +142,7 @@ def test_a_validation_is_of_the_split_it_is_asked_for(workplace, monkeypatch, sp
     """Its records as well as the inputs that it samples a solution for."""
     base, task, _ = get_base(SHORT)
     seen, tokenizer = [], Tokenizer(task.vocab)
-    spy(monkeypatch, train_base, "score_base", lambda model, pairs: seen.extend(inputs(task, pairs)))
+    spy(monkeypatch, train_base, "score_base", lambda model, pairs, *keep: seen.extend(inputs(task, pairs)))
     spy(monkeypatch, train_base, "sample_ys", lambda model, tokenizer, prompts, generator: seen.extend(
         tokenizer.decode(prompt[2:-2]) for prompt in prompts))
     train_base.validate(base, task, tokenizer, 30, 0, split)
@@ -290,7 +290,7 @@ def test_a_base_of_kinds_and_wordings_is_factorized_and_evaluated_on_its_own_tas
 
 def test_three_of_four_training_inputs_are_cropped(workplace, monkeypatch):
     lengths = []
-    spy(monkeypatch, train_base, "score_base", lambda model, pairs: lengths.append(
+    spy(monkeypatch, train_base, "score_base", lambda model, pairs, *keep: lengths.append(
         (pairs.ids != 0).sum(dim=1) - pairs.starts))
     train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=crop", "--steps=1", "--crop=5",
                                               "--chunks=1"]))
@@ -1246,7 +1246,7 @@ def test_a_gradient_that_is_not_finite_stops_a_run_whose_terms_are(workplace, mo
     monkeypatch.setattr(losses, "router_support", lambda logits, K: (0 * logits.sum(dim=1)).sqrt())
     with pytest.raises(SystemExit, match="step 1: a gradient is not finite; nothing was saved"):
         run("infinite")
-    monkeypatch.setattr(train_base, "score_base", lambda model, pairs: (0 * model(pairs.ids).sum(dim=2)).sqrt())
+    monkeypatch.setattr(train_base, "score_base", lambda model, pairs, keep: (0 * model(pairs.ids).sum(dim=2)).sqrt())
     with pytest.raises(SystemExit, match="step 1: a gradient is not finite"):
         train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=infinite_base"]))
 
