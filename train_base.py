@@ -278,7 +278,7 @@ def train(cfg):
 
 
 def load_base(path, file=""):
-    """The base model of a checkpoint, its task, and the checkpoint. file: where its traces are now, if they have moved."""
+    """The base model of a checkpoint, its task, and the checkpoint. file: where its traces are, if they have moved."""
     checkpoint = runs.load_checkpoint(path, "base")
     if os.path.isfile(file) and not os.path.exists(checkpoint["config"]["task"]):
         checkpoint["config"]["task"] = file

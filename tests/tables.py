@@ -18,7 +18,6 @@ sys.path.insert(0, ROOT)
 import factorize
 import train_base
 from harness import config
-from results import VARIANTS as FLAGS, VARIED
 from tasks import TASKS
 
 PAGES = ("README.md", os.path.join("assets", "results", "README.md"), os.path.join("tests", "README.md"),
@@ -71,7 +70,8 @@ def each_run(pattern, keys, **more):
     """A table with a row for every result file that matches: its metrics `keys`, empty where it has none, and `more`,
     title -> function of the metrics."""
     def number(m, key):
-        return f"{round(m[key], 1 if key == 'minutes' else 3) + 0.0:.{1 if key == 'minutes' else 3}f}" if key in m else ""
+        digits = 1 if key == "minutes" else 3
+        return f"{round(m[key], digits) + 0.0:.{digits}f}" if key in m else ""
 
     rows = [[name, result["commit"], *(f(result["metrics"]) for f in more.values()),
              *(number(metrics_of(result), key) for key in keys)] for name, result in results(pattern).items()]
@@ -131,7 +131,7 @@ CONTINUOUS = {"posterior_mu_probe_accuracy": "probe, posterior mean", "sampled_z
               "kl": "KL", "sampled_strategy_total_variation": "TV", "minutes": "minutes"}
 
 
-TAKEN_APART = ("base_conversion", "equation", "grid", "sorting")  # earlier
+VARIED = ("base_conversion", "equation", "grid", "sorting")  # the tasks on which the recipe is taken apart
 VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "full": "backbone of q trained",
             "no_clusters": "no clusters", "no_clusters_full": "no clusters, backbone of q trained",
             "elbo": "the ELBO alone", "elbo_beta_0.03": "the same, beta 0.03", "elbo_beta_0.3": "the same, beta 0.3",
@@ -143,7 +143,7 @@ VARIANTS = {"discrete": "the recipe", "held": "no responsibilities", "full": "ba
 
 def variant_of(name):
     """(variant, task) of a result file's name, <task>_<variant>_seed<n>, or None."""
-    match = re.fullmatch(rf"({'|'.join(TAKEN_APART)})_(.+)_seed\d+", name)
+    match = re.fullmatch(rf"({'|'.join(VARIED)})_(.+)_seed\d+", name)
     return (match[2], match[1]) if match and match[2] in VARIANTS else None
 
 
@@ -176,28 +176,8 @@ def variants_table():
         (flag,) = {flags(variant, result) for found in of_task.values() for result in found}  # a row is of one setting
         seeds = sorted({len(found) for found in of_task.values()})
         rows.append([label, f"`{flag}`" if flag else "", " to ".join(map(str, sorted({seeds[0], seeds[-1]}))),
-                     *(cell(of_task.get(task, [])) for task in TAKEN_APART)])
-    return table(["what", "set otherwise", "seeds", *TAKEN_APART], rows)
-
-
-LABELS = {"the recipe": "", "found": "K found", "twice": "K = 2 S", "no_clusters": "no clusters",
-          "no_responsibilities": "no responsibilities", "no_elbo": "no ELBO stage", "full": "backbone of q trained",
-          "no_support": "no router support", "token_weighted": "tokens weighted", "entropy": "entropy of q",
-          "marginal": "mean router", "jsd": "JSD", "elbo": "the ELBO alone", "elbo_all": "the ELBO, all five losses"}
-
-
-def taken_apart_table():
-    """The recipe and its variants: alignment, full coverage and NLL gap on each task, of one seed after the other."""
-    keys, rows = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "nll_gap"), []
-    for name, label in LABELS.items():
-        cells = []
-        for task in VARIED:
-            pattern = f"variants/{task}_{name}_seed*.json" if label else f"tasks/{task}_discrete_base0_seed*.json"
-            of_seeds = [[metrics_of(result)[key] for key in keys] for result in results(pattern).values()]
-            cells.append("; ".join(", ".join(f"{round(value, 3) + 0.0:.3f}" for value in seed) for seed in of_seeds))
-        if any(cells):
-            rows.append([label or name, f"`{FLAGS[name]}`" if label else "", *cells])
-    return table(["what", "set otherwise", *VARIED], rows)
+                     *(cell(of_task.get(task, [])) for task in VARIED)])
+    return table(["what", "set otherwise", "seeds", *VARIED], rows)
 
 
 def of_tasks(kind):
@@ -207,7 +187,8 @@ def of_tasks(kind):
 
 def runs_table(found, keys):
     """A row for every run: means over its seeds."""
-    rows = [[name, str(len(seeds)), *(mean_and_std([m[key] for m in seeds], 1 if key == "minutes" else 3) for key in keys)]
+    rows = [[name, str(len(seeds)),
+             *(mean_and_std([m[key] for m in seeds], 1 if key == "minutes" else 3) for key in keys)]
             for name, seeds in by_run(found).items()]
     return table(["run", "seeds", *keys.values()], rows)
 
@@ -354,8 +335,9 @@ TABLES = {"front": front_table, "tasks": lambda: each_run("tasks/*_discrete_*.js
           "bench": bench_table, "steps": steps_table, "optimizer": lambda: bench_table(name="optimizer"),
           "profile": profile_table,
           "base": base_table, "clusters": clusters_table, "shares": shares_table, "traces": traces_table,
-          "variants": variants_table, "taken_apart": taken_apart_table, "time": time_table,
-          "cuda": lambda: runs_table(results("earlier/cuda/*_discrete_*.json"), {key: COLUMNS[key] for key in CUDA_KEYS}),
+          "variants": variants_table, "time": time_table,
+          "cuda": lambda: runs_table(results("earlier/cuda/*_discrete_*.json"),
+                                     {key: COLUMNS[key] for key in CUDA_KEYS}),
           "discrete": lambda: runs_table(of_tasks("discrete"), without(NOT_IN_DISCRETE)),
           "continuous_before": lambda: runs_table(of_tasks("continuous"), CONTINUOUS),
           "ablations": lambda: runs_table(

@@ -230,7 +230,8 @@ def test_programs_run_with_stdout_closed_and_into_a_pipe_that_closes(workplace):
 
 
 def test_a_config_may_be_a_pipe_and_import_modules(workplace):
-    lines = "import math\\nfrom math import sqrt\\ntask = 'grid_pathfinding'\\nsteps = int(math.sqrt(4))\\nname = 'piped'\\n"
+    lines = ("import math\\nfrom math import sqrt\\n"
+             "task = 'grid_pathfinding'\\nsteps = int(math.sqrt(4))\\nname = 'piped'\\n")
     more = " ".join(BASE[2:] + ["--overwrite=True", "--block_size=64", "--n_layer=1", "--n_embd=16"])
     done = shell(f'{sys.executable} {ROOT}/train_base.py <(printf "{lines}") {more}', workplace)
     assert done.returncode == 0 and os.path.exists("out/piped/ckpt.pt"), done.stderr
@@ -290,7 +291,8 @@ def test_ctrl_c_before_the_first_step_leaves_no_traceback(workplace):
 
 def test_ctrl_c_leaves_no_traceback_while_a_file_is_read(tmp_path):
     os.mkfifo(tmp_path / "traces.jsonl")
-    reader = subprocess.Popen([sys.executable, f"{ROOT}/tasks.py", "traces.jsonl"], cwd=tmp_path, stderr=subprocess.PIPE)
+    reader = subprocess.Popen([sys.executable, f"{ROOT}/tasks.py", "traces.jsonl"], cwd=tmp_path,
+                              stderr=subprocess.PIPE)
     with open(tmp_path / "traces.jsonl", "w"):  # waits until it is opened on the other side, too
         reader.send_signal(signal.SIGINT)
         assert reader.communicate()[1] == b"" and reader.returncode == -signal.SIGINT
