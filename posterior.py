@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import losses
-from harness.config import fail
+from harness.config import fail, say
 from harness.parallel import map_chunks, seeded, sum_chunks
 from losses import token_weights
 from model import gaussian, in_chunks
@@ -285,6 +285,9 @@ def cluster_responses(features, x_index, K, seed, searches):
         different = len((x_index * k + r.argmax(dim=1)).unique())
         collisions = (len(r) - different) / (len(r) - x_index.max().item() - 1)
         confirmed = min(agreement(one, r[part]) for one, part in zip(of_halves, halves[1:]))
+        if not K:
+            say(f"{k} clusters: {collisions:.1%} of the responses collide, halves of the inputs "
+                f"agree on {confirmed:.1%}")
         if K or (collisions < 0.07 and confirmed > 0.9):
             return Clusters(r, collisions, len(found[0]), sum(same[0]) / len(found[0]), confirmed)
     fail(f"no number of clusters up to {k} tells the different responses to one input apart and is "
