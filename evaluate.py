@@ -277,8 +277,8 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     if model.config.z_dim:
         metrics = continuous_fidelity(model, pairs, posterior, p, seed)
     else:
-        there = torch.tensor([len(task.mixture(x)) > 0 for x in xs])
-        metrics = discrete_fidelity(model, pairs, posterior, p, labels, there, len(task.strategies))
+        counted = torch.ones_like(labels) if task.records is None else labels >= 0  # a file does not know all
+        metrics = discrete_fidelity(model, pairs, posterior, p, labels, counted, len(task.strategies))
     base_nll, nll = pairs.b.sum(dim=1), metrics.pop("nll")
     valid = labels >= 0
     metrics |= {"nll": nll.mean().item(), "base_nll": base_nll.mean().item(),
@@ -288,17 +288,17 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
     return metrics, labels, posterior
 
 
-def discrete_fidelity(model, pairs, logq, logp_z, labels, there, S):
+def discrete_fidelity(model, pairs, logq, logp_z, labels, counted, S):
     logp_y, n = log_likelihood(model, pairs), len(pairs.ids)  # (n, K)
     mean_router = logp_z.logsumexp(dim=0) - math.log(n)
     marginal_q, entropy = logq.logsumexp(dim=0) - math.log(n), losses.posterior_entropy(logq).mean()
     choice = F.one_hot(logq.argmax(dim=1), logq.shape[1]).float()
-    joint = choice.T @ F.one_hot(labels + 1, S + 1)[:, 1:].float() / there.sum().clamp(min=1)
+    joint = choice.T @ F.one_hot(labels + 1, S + 1)[:, 1:].float() / counted.sum().clamp(min=1)
     return {"nll": -(logp_z + logp_y).logsumexp(dim=1),
             "nll_of_mean_router": -(mean_router + logp_y).logsumexp(dim=1).mean().item(),
             "reconstruction": losses.reconstruction(logp_y, logq).mean().item(),
             "kl": losses.categorical_kl(logq, logp_z).mean().item(),
-            **({"posterior_alignment": one_to_one_matching(joint)[0]} if there.any() else {}),
+            **({"posterior_alignment": one_to_one_matching(joint)[0]} if counted.any() else {}),
             "posterior_entropy": entropy.item(),
             "posterior_mutual_information": (-(marginal_q.exp() * marginal_q).sum() - entropy).item()}
 
@@ -325,10 +325,12 @@ def semantics(means, labels, x_index, z, found, task, seed):
     (n,), to inputs x_index (n,), and in z (N, samples, D) from the router with the strategies `found` under it."""
     S, permute, metrics = len(task.strategies), seeded(seed), {}
     sampled_x, z, found = torch.arange(len(z)).repeat_interleave(z.shape[1]), z.flatten(0, 1), indices(task, found)
-    probes = ("posterior_mu", (means, labels, x_index, S)), ("sampled_z", (z, found, sampled_x, S))
-    for name, args in probes if sampled_x.max() > 0 else ():  # of a single input, none is left to score them on
-        metrics[f"{name}_probe_accuracy"] = linear_probe(*args)
-        metrics[f"{name}_probe_accuracy_control"] = linear_probe(*args, permute)
+    for name, *rows in ("posterior_mu", means, labels, x_index), ("sampled_z", z, found, sampled_x):
+        if task.records is not None:  # of a file, nobody knows of the others whether they follow a strategy
+            rows = [part[rows[1] >= 0] for part in rows]
+        if len((rows[2] % 2).unique()) == 2:  # else none is left to fit or to score them on
+            metrics[f"{name}_probe_accuracy"] = linear_probe(*rows, S)
+            metrics[f"{name}_probe_accuracy_control"] = linear_probe(*rows, S, permute)
     both = sorted(set(labels.tolist()) & set(found.tolist()) - {-1})
     if len(both) < 2:  # nothing to compare
         return metrics

@@ -384,6 +384,32 @@ def test_probes_are_scored_on_other_inputs_and_centroids_compared(monkeypatch):
     assert found["centroid_distance"] == pytest.approx(0.5 / 0.1, rel=1e-4)
 
 
+def test_of_a_file_only_solutions_that_it_labels_are_counted(factorization, monkeypatch):
+    """A task knows all of its traces, and a y that follows none is wrong; a file may lack a y or its label, and what the
+    strategy of that is nobody knows. A posterior that is right wherever there is a label, and a probe of such a z."""
+    file = dataclasses.replace(GRID, records={})
+    z, labels = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)), torch.arange(400) % 2
+    z[labels == 1] += 8
+    labels[100:] = torch.where(torch.arange(300) % 3 == 0, labels[100:], -1)
+    found, x_index = [None if s < 0 else GRID.strategies[s] for s in labels.tolist()], torch.arange(400) // 4
+    for task, least, most in (GRID, 0, 0.6), (file, 0.99, 1):
+        scores = evaluate.semantics(z, labels, x_index, z.view(100, 4, 2), found, task, 0)
+        assert least <= scores["posterior_mu_probe_accuracy"] <= most
+        assert least <= scores["sampled_z_probe_accuracy"] <= most
+    scores = evaluate.semantics(z, labels, torch.where(labels < 0, 1, 0), z.view(100, 4, 2), found, file, 0)
+    assert "posterior_mu_probe_accuracy" not in scores and "sampled_z_probe_accuracy" in scores
+
+    model, tokenizer, xs, _, pairs = factorization
+    labels = torch.tensor([0, 1, 2, -1, -1])
+    monkeypatch.setattr(evaluate, "sample_pairs", lambda *args: pairs)
+    monkeypatch.setattr(evaluate, "strategies_of", lambda *args: (xs, labels))
+    sure = F.one_hot(torch.tensor([0, 1, 2, 0, 0]), 3).float().clamp(min=1e-9).log()
+    q = SimpleNamespace(all_features=lambda pairs: None, read=lambda features: sure)
+    for task, want in (tasks.TASKS["sorting_algorithms"], 3 / 5), (file, 1):
+        got = evaluate.held_out(model, q, None, task, tokenizer, xs, 5, 1.0, 0)[0]
+        assert got["posterior_alignment"] == pytest.approx(want)
+
+
 def test_inputs_and_strategies_are_read_back_from_records(factorization):
     """The x that a record was made of, and the strategy of its y; a solution that never ends follows none."""
     _, tokenizer, xs, _, pairs = factorization
