@@ -144,8 +144,8 @@ def check_file(task, block_size):
 
 
 @torch.no_grad()
-def held_out_loss(model, task, tokenizer, size, rng, split):
-    """The NLL of about `size` held-out records, and the entropy of the mixture: nats a sequence."""
+def mean_loss(model, task, tokenizer, size, rng, split):
+    """The NLL of about `size` records of a split, and the entropy of the mixture: nats a sequence."""
     records, starts, weights, entropy = record_batch(
         task, tokenizer, rng, math.ceil(size / task.solutions_each), split)
     nll = in_chunks(lambda pairs: score_base(model, pairs).sum(dim=1), as_pairs(records, starts))
@@ -153,9 +153,9 @@ def held_out_loss(model, task, tokenizer, size, rng, split):
 
 
 def validate(model, task, tokenizer, size, seed, split):
-    """`held_out_loss`, and what `size` sampled solutions look like to the task's own validator."""
+    """`mean_loss`, and what `size` sampled solutions look like to the task's own validator."""
     rng = random.Random(f"validation {seed}")
-    nll, entropy = held_out_loss(model, task, tokenizer, size, rng, split)
+    nll, entropy = mean_loss(model, task, tokenizer, size, rng, split)
     xs = [task.sample_input(rng, split) for _ in range(size)]
     ys = sample_ys(model, tokenizer, [tokenizer.prompt(x) for x in xs], seeded(seed))
     found, valid = [task.attribute(x, y) for x, y in zip(xs, ys)], [task.is_trace(x, y) for x, y in zip(xs, ys)]
@@ -263,12 +263,15 @@ def train(cfg):
         model.load_state_dict(best["model"])
         if scores["nll"] > 1.01 * best["nll"]:
             say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to "
-                f"{scores['nll']:.3f}: the former weights are kept. If it rises by much, the base overfits: more data, "
-                "--dropout=0.1 or fewer steps may help")
-        rng = random.Random(f"validation {cfg.seed}")
-        c_base, _ = held_out_loss(model, task, tokenizer, cfg.final_eval_size, rng, "validation")
+                f"{scores['nll']:.3f}: the former weights are kept")
+        known, c_base = (mean_loss(model, task, tokenizer, cfg.final_eval_size,
+                                       random.Random(f"validation {cfg.seed}"), split)[0]
+                         for split in ("train", "validation"))
+        if c_base > 1.1 * known:
+            say(f"{cfg.name}: a loss of {known:.3f} on training inputs, of {c_base:.3f} on others: it learns its data by "
+                "heart. More data may help, or --dropout=0.1 --weight_decay=0.2 and more steps")
         scores = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test")
-        scores |= {"c_base": c_base, "minutes": run.minutes, "best_step": best["step"]}
+        scores |= {"c_base": c_base, "training_nll": known, "minutes": run.minutes, "best_step": best["step"]}
         if scores["valid_trace_rate"] < 0.9:
             say(f"{cfg.name}: {1 - scores['valid_trace_rate']:.0%} of its samples are not among the traces of its data."
                 " That is far, unless a file has only some of the solutions of an x")

@@ -132,7 +132,7 @@ def test_the_base_sees_no_test_input_before_its_last_step(workplace, monkeypatch
     spy(monkeypatch, train_base, "validate", lambda *args: validated.append((len(learned), args[-1])))
     spy(monkeypatch, train_base, "record_batch", lambda *args: splits.append(args[4]))
     train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=splits", "--steps=4", "--eval_every=2"]))
-    assert splits[-8:] == ["train", "train", "validation", "train", "train", "validation", "validation", "test"]
+    assert splits[-9:] == 2 * ["train", "train", "validation"] + ["train", "validation", "test"]
     assert validated == [(60, "validation"), (120, "validation"), (120, "test")]
     assert {task.split(x) for x in learned} == {"train"}
 
