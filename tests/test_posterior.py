@@ -288,10 +288,15 @@ def test_clusters_depend_on_nothing_but_what_differs_within_an_input():
 
 
 @pytest.mark.parametrize("S", [2, 3, 5])
-def test_the_number_of_clusters_is_found(growth_alone, S):
+def test_the_number_of_clusters_is_found(growth_alone, capsys, S):
+    """And for each number that was tried, it is said what spoke for it."""
     features, x_index, strategy = responses(everywhere, S=S)
     clusters = cluster_responses(features, x_index, 0, seed=0, searches=3)
     assert clusters.r.shape[1] == S and share_right(clusters.r, strategy) > 0.98 and clusters.collisions < 0.01
+    said = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[0]) for line in said] == list(range(2, S + 1))
+    assert said[-1] == (f"{S} clusters: {clusters.collisions:.1%} of the responses collide, halves of the inputs agree on "
+                        f"{clusters.halves:.1%}")
 
 
 def test_responses_that_no_number_of_clusters_tells_apart_are_one_line(growth_alone):
