@@ -264,9 +264,9 @@ def train(cfg):
         if scores["nll"] > 1.01 * best["nll"]:
             say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to "
                 f"{scores['nll']:.3f}: the former weights are kept")
-        known, c_base = (mean_loss(model, task, tokenizer, cfg.final_eval_size,
-                                       random.Random(f"validation {cfg.seed}"), split)[0]
-                         for split in ("train", "validation"))
+        known, c_base = (
+            mean_loss(model, task, tokenizer, cfg.final_eval_size, random.Random(f"validation {cfg.seed}"), split)[0]
+            for split in ("train", "validation"))
         if c_base > 1.1 * known:
             say(f"{cfg.name}: a loss of {known:.3f} on training inputs, of {c_base:.3f} on others: it learns its data by "
                 "heart. More data may help, or --dropout=0.1 --weight_decay=0.2 and more steps")
