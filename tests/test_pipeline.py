@@ -297,7 +297,7 @@ def test_three_of_four_training_inputs_are_cropped(workplace, monkeypatch):
                                               "--chunks=1"]))
     training, *validation = lengths
     assert (training == 5).sum() == 21 and (training > 5).sum() == 9  # 10 inputs of 3 records
-    assert sum(map(len, validation)) == 3 * 66 and all((records > 5).all() for records in validation)
+    assert sum(map(len, validation)) == 4 * 66 and all((records > 5).all() for records in validation)
 
 
 # ----------------------------------------------------------------------------------- what a run depends on
