@@ -268,8 +268,8 @@ def train(cfg):
             mean_loss(model, task, tokenizer, cfg.final_eval_size, random.Random(f"validation {cfg.seed}"), split)[0]
             for split in ("train", "validation"))
         if c_base > 1.1 * known:
-            say(f"{cfg.name}: a loss of {known:.3f} on training inputs, of {c_base:.3f} on others: it learns its data by "
-                "heart. More data may help, or --dropout=0.1 --weight_decay=0.2 and more steps")
+            say(f"{cfg.name}: a loss of {known:.3f} on training inputs, of {c_base:.3f} on others: it learns its data "
+                "by heart. More data may help, or --dropout=0.1 --weight_decay=0.2 and more steps")
         scores = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test")
         scores |= {"c_base": c_base, "training_nll": known, "minutes": run.minutes, "best_step": best["step"]}
         if scores["valid_trace_rate"] < 0.9:

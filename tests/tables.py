@@ -235,7 +235,7 @@ def traces_table():
     """Runs on files of traces, and what their bases are like."""
     rows, bases = [], {name: result["metrics"] for name, result in results("traces/*_base_seed*.json").items()}
     for name, result in results("traces/*_discrete*_seed*.json").items():
-        m, base = result["metrics"], bases[name.split("_discrete")[0] + "_base_seed0"]
+        m, base = result["metrics"], bases[result["base"]["name"] + "_seed0"]
         keys = ("alignment_one_to_one", "local_strategy_full_coverage_rate", "consistency")
         rows.append([name.replace("_seed", ", seed "), f"{base['valid_trace_rate']:.3f}", f"{m['cluster_halves']:.1%}",
                      *(f"{m[key]:.3f}" for key in keys),

@@ -295,9 +295,9 @@ def test_three_of_four_training_inputs_are_cropped(workplace, monkeypatch):
         (pairs.ids != 0).sum(dim=1) - pairs.starts))
     train_base.train(config.load(train_base, ["configs/tiny_base.py", "--name=crop", "--steps=1", "--crop=5",
                                               "--chunks=1"]))
-    training, *validation = lengths
+    training, *scored = lengths
     assert (training == 5).sum() == 21 and (training > 5).sum() == 9  # 10 inputs of 3 records
-    assert sum(map(len, validation)) == 4 * 66 and all((records > 5).all() for records in validation)
+    assert sum(map(len, scored)) == 4 * 66 and all((records > 5).all() for records in scored)
 
 
 # ----------------------------------------------------------------------------------- what a run depends on

@@ -295,8 +295,8 @@ def test_the_number_of_clusters_is_found(growth_alone, capsys, S):
     assert clusters.r.shape[1] == S and share_right(clusters.r, strategy) > 0.98 and clusters.collisions < 0.01
     said = capsys.readouterr().out.splitlines()
     assert [int(line.split()[0]) for line in said] == list(range(2, S + 1))
-    assert said[-1] == (f"{S} clusters: {clusters.collisions:.1%} of the responses collide, halves of the inputs agree on "
-                        f"{clusters.halves:.1%}")
+    assert said[-1] == (f"{S} clusters: {clusters.collisions:.1%} of the responses collide, halves of the inputs "
+                        f"agree on {clusters.halves:.1%}")
 
 
 def test_responses_that_no_number_of_clusters_tells_apart_are_one_line(growth_alone):
