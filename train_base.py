@@ -7,6 +7,7 @@ reach is the entropy of the mixture and of the wording: log S nats a sequence fo
 wording, since a trace is a function of x and the strategy. Inputs are split three ways by a hash of x: the loss of
 training is of training inputs, log.jsonl and c_base are of validation inputs, metrics.json is of test inputs.
 """
+import copy
 import dataclasses
 import itertools
 import math
@@ -250,34 +251,45 @@ def train(cfg):
             update(optimizers, parameters, gradients)
             if run.due(step):
                 scores = validate(model, task, tokenizer, cfg.eval_size, cfg.seed, "validation")
-                run.log({"step": step + 1, "loss": loss, **scores, "minutes": run.minutes})
-                floor = f", floor {scores['floor']:.3f}" if "floor" in scores else ""
-                say(f"{cfg.name} step {step + 1}/{cfg.steps}: loss {loss:.3f}, held-out {scores['nll']:.3f}{floor}, "
-                    f"valid traces {scores['valid_trace_rate']:.3f}, "
-                    f"{run.minutes * (cfg.steps / (step + 1) - 1):.1f} min left")
+                entry = {"step": step + 1, "loss": loss, **scores, "minutes": run.minutes}
+                run.log(entry)
+                report(cfg, entry)
                 if scores["nll"] < best["nll"] or "model" not in best:
-                    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-                    best = {"nll": scores["nll"], "step": step + 1, "model": weights}
+                    best = {"nll": scores["nll"], "step": step + 1, "model": copy.deepcopy(model.state_dict())}
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             run.end_of_step(step, lambda: runs.training_state(model, optimizers) | {"best": best})
         model.load_state_dict(best["model"])
-        if scores["nll"] > 1.01 * best["nll"]:
-            say(f"{cfg.name}: the held-out loss rose from {best['nll']:.3f} after step {best['step']} to "
-                f"{scores['nll']:.3f}: the former weights are kept")
         known, c_base = (
             mean_loss(model, task, tokenizer, cfg.final_eval_size, random.Random(f"validation {cfg.seed}"), split)[0]
             for split in ("train", "validation"))
-        if c_base > 1.1 * known:
-            say(f"{cfg.name}: a loss of {known:.3f} on training inputs, of {c_base:.3f} on others: it learns its data "
-                "by heart. More data may help, or --dropout=0.1 --weight_decay=0.2 and more steps")
-        scores = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test")
-        scores |= {"c_base": c_base, "training_nll": known, "minutes": run.minutes, "best_step": best["step"]}
-        if scores["valid_trace_rate"] < 0.9:
-            say(f"{cfg.name}: {1 - scores['valid_trace_rate']:.0%} of its samples are not among the traces of its data."
-                " That is far, unless a file has only some of the solutions of an x")
+        final = validate(model, task, tokenizer, cfg.final_eval_size, cfg.seed, "test")
+        final |= {"c_base": c_base, "training_nll": known, "minutes": run.minutes, "best_step": best["step"]}
+        for doubt in doubts(final, best["nll"], scores["nll"]):
+            say(f"{cfg.name}: {doubt}")
         run.finish({"kind": "base", "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
                     "model": model.state_dict(), "vocab": list(task.vocab), "data": task.data,
-                    "c_base": c_base}, scores)
+                    "c_base": c_base}, final)
+
+
+def report(cfg, entry):
+    """Says in one line what an entry of the log tells, and how long the rest takes."""
+    floor = f", floor {entry['floor']:.3f}" if "floor" in entry else ""
+    say(f"{cfg.name} step {entry['step']}/{cfg.steps}: loss {entry['loss']:.3f}, held-out {entry['nll']:.3f}{floor}, "
+        f"valid traces {entry['valid_trace_rate']:.3f}, "
+        f"{entry['minutes'] * (cfg.steps / entry['step'] - 1):.1f} min left")
+
+
+def doubts(final, best_nll, last_nll):
+    """What speaks against a trained base, from its final scores and the best and the last validation loss."""
+    if last_nll > 1.01 * best_nll:
+        yield (f"the held-out loss rose from {best_nll:.3f} after step {final['best_step']} to {last_nll:.3f}: the "
+               "former weights are kept")
+    if final["c_base"] > 1.1 * final["training_nll"]:
+        yield (f"a loss of {final['training_nll']:.3f} on training inputs, of {final['c_base']:.3f} on others: it "
+               "learns its data by heart. More data may help, or --dropout=0.1 --weight_decay=0.2 and more steps")
+    if final["valid_trace_rate"] < 0.9:
+        yield (f"{1 - final['valid_trace_rate']:.0%} of its samples are not among the traces of its data. That is "
+               "far, unless a file has only some of the solutions of an x")
 
 
 def load_base(path, file=""):
