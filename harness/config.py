@@ -113,10 +113,7 @@ def load(script, argv):
     file, an unknown key (with the nearest known one), or a value that the key does not take.
     """
     if "--help" in argv or "-h" in argv or not argv:
-        try:
-            print(usage(script), flush=True)
-        except OSError:  # whoever reads has seen enough, such as `| head`
-            drop_stdout()
+        say(usage(script))
         sys.exit(0 if argv else 2)
     path, *flags = argv
     if path.startswith("--"):
