@@ -126,14 +126,9 @@ def add_up(parts):
     processes changes, changes no result."""
     totals = None
     for part in parts:
-        if totals is None:
-            dtypes = [None if tensor is None else tensor.dtype for tensor in part]
-            totals = [None if tensor is None else tensor.to(torch.float64, copy=True) for tensor in part]
-        else:
-            for total, tensor in zip(totals, part):
-                if total is not None:
-                    total += tensor
-        del part
+        dtypes = [None if tensor is None else tensor.dtype for tensor in part]
+        part = [None if tensor is None else tensor.double() for tensor in part]
+        totals = part if totals is None else [a if b is None else a + b for a, b in zip(totals, part)]
     if totals is None:
         fail(f"there are fewer pairs to work on than processes ({processes}): start fewer, or raise batch_size")
     for total in totals:
