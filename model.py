@@ -20,7 +20,6 @@ keeps the positions at which the base learned to read it. The router is what the
 
 A continuous z has <z_empty> in the place of <z3>, and E(z), a vector of width C, is added to its embedding.
 """
-import contextlib
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -137,7 +136,8 @@ class GPT(nn.Module):
         states = [self.embed(ids)]
         if z is not None:
             states[0] = states[0] + (ids == Z_EMPTY)[..., None] * self.embed_z(z)[:, None]
-        with contextlib.nullcontext() if caches else parallel.autocast():  # samples are of float32
+        bfloat16 = parallel.bfloat16 and not caches  # samples are of float32
+        with torch.autocast(parallel.kind, torch.bfloat16, enabled=bfloat16):
             nothing = len(self.blocks) * [None]
             for block, cache, kept in zip(self.blocks, caches or nothing, nothing if keep is None else keep):
                 states.append(block(states[-1], cos, sin, mask, cache, kept))

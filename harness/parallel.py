@@ -5,7 +5,6 @@
 A batch is cut into chunks. Each of n processes takes every n-th chunk, and its threads work on them side by side. Then
 all exchange their results: every process holds the same weights and the same values. Process 0 alone writes files.
 """
-import contextlib
 import io
 import os
 import sys
@@ -79,13 +78,6 @@ def leave():
 def seeded(seed):
     """A torch.Generator on the device that tensors are made on."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-
-def autocast():
-    """The context of matrix products while training."""
-    if not bfloat16:
-        return contextlib.nullcontext()
-    return torch.autocast(kind, torch.bfloat16)
 
 
 def in_threads(f, *chunks):
