@@ -83,12 +83,10 @@ class Block(nn.Module):
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, keep=None):
+    def forward(self, x, cos, sin, mask=None, cache=None, keep=(1, 1)):
         """keep: (2, B, T, C) factors of what attention and MLP add, 0 or 1 / (1 - p): dropout [5]."""
-        added = self.attention(norm(x), cos, sin, mask, cache)
-        x = x + (added if keep is None else added * keep[0])
-        added = self.down(F.gelu(self.up(norm(x))))
-        return x + (added if keep is None else added * keep[1])
+        x = x + keep[0] * self.attention(norm(x), cos, sin, mask, cache)
+        return x + keep[1] * self.down(F.gelu(self.up(norm(x))))
 
 
 class GPT(nn.Module):
@@ -137,9 +135,10 @@ class GPT(nn.Module):
         if z is not None:
             states[0] = states[0] + (ids == Z_EMPTY)[..., None] * self.embed_z(z)[:, None]
         bfloat16 = parallel.bfloat16 and not caches  # samples are of float32
+        caches = caches or len(self.blocks) * [None]
+        keep = len(self.blocks) * [(1, 1)] if keep is None else keep
         with torch.autocast(parallel.kind, torch.bfloat16, enabled=bfloat16):
-            nothing = len(self.blocks) * [None]
-            for block, cache, kept in zip(self.blocks, caches or nothing, nothing if keep is None else keep):
+            for block, cache, kept in zip(self.blocks, caches, keep):
                 states.append(block(states[-1], cos, sin, mask, cache, kept))
         return states
 
