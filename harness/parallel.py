@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from harness.config import any_terminal, fail
 
-TORCHRUN = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}  # all are set by it
 rank, processes = 0, 1  # which process this is, of how many
 threads = ThreadPoolExecutor(1)
 kind = "cpu"  # of device
@@ -32,16 +31,14 @@ def start(n_threads, device="cpu", precision="float32"):
         fail(f"config key 'device' is 'auto' or, on this machine, {' or '.join(here)}; got '{device}'")
     kind = here[0] if device == "auto" else device
     bfloat16 = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
-    torchrun = TORCHRUN <= os.environ.keys()
-    index = int(os.environ["LOCAL_RANK"]) if torchrun else 0
-    place = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+    torchrun = dist.is_torchelastic_launched()
 
     def set_up_thread():
         torch.set_num_threads(1)  # matrices as small as these gain more from a core per chunk than from several on each
-        if kind != "cpu":  # every tensor that is made stands on the device; a default is that of one thread
-            torch.set_default_device(place)
         if kind == "cuda":
+            place = torch.device(kind, int(os.environ["LOCAL_RANK"]) if torchrun else 0)
             torch.cuda.set_device(place)
+            torch.set_default_device(place)  # every tensor that is made stands there; a default is that of one thread
 
     set_up_thread()
     n_threads = n_threads or max(1, cores() // (int(os.environ["LOCAL_WORLD_SIZE"]) if torchrun else 1))
@@ -70,7 +67,7 @@ def leave():
     if dist.is_initialized():  # by torchrun, also where it started one process
         barrier()
         dist.destroy_process_group()
-        os.environ.pop("WORLD_SIZE", None)  # a later start() in this process must not join again
+        os.environ.pop("TORCHELASTIC_RUN_ID", None)  # a later start() in this process must not join again
         processes = 1
     return rank == 0
 

@@ -154,7 +154,8 @@ def test_all_cores_that_a_process_may_use_are_used_by_default(monkeypatch, tmp_p
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(bound)))
     monkeypatch.setattr(parallel, "open", lambda path, *more: real(tmp_path / os.path.basename(path), *more)
                         if path.startswith("/sys") else real(path, *more), raising=False)
-    for key in parallel.TORCHRUN if beside > 1 else ("WORLD_SIZE", "RANK"):  # a cluster's shell may set some of them
+    of_torchrun = ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for key in of_torchrun if beside > 1 else ("WORLD_SIZE", "RANK"):  # a cluster's shell may set some of them
         monkeypatch.setenv(key, str(beside))
     monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
     before = parallel.threads
