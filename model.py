@@ -193,10 +193,7 @@ class KVCache:
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
     def keep(self, rows):
-        n, there = int(rows.sum()), slice(self.length)
-        for old in (self.k, self.v):
-            old[:n, :, there] = old[rows, :, there]
-        self.k, self.v = self.k[:n], self.v[:n]
+        self.k, self.v = self.k[rows], self.v[rows]
 
 
 @torch.no_grad()
