@@ -336,10 +336,9 @@ def score_base(model, pairs, keep=None):
 def insert_latents(ids, starts, latents):
     """(B, T) canonical records and (B, n) latent ids -> (B, n, T + 3): '<z> z </z>' put before <y>, for every z."""
     t, cut = torch.arange(ids.shape[1] + 3, device=ids.device), (starts - 1)[:, None]  # cut: where <y> stood
-    out = ids.gather(1, torch.where(t < cut, t, t - 3).clamp(min=0))[:, None].repeat(1, latents.shape[1], 1)
-    for offset, token in enumerate((Z, latents, Z_END)):
-        value = torch.as_tensor(token, device=ids.device).expand(latents.shape)[:, :, None]
-        out.scatter_(2, (cut + offset)[:, None].expand(-1, latents.shape[1], 1), value)
+    out = ids.gather(1, torch.where(t < cut, t, t - 3).clamp(min=0))[:, None]  # (B, 1, T + 3)
+    for offset, token in enumerate((Z, latents[:, :, None], Z_END)):
+        out = torch.where(t == cut[:, None] + offset, token, out)
     return out
 
 
@@ -356,7 +355,7 @@ def score_latents(model, pairs, latents=None):
     n, z = latents.shape[1], None
     if latents.is_floating_point():
         z, latents = latents.flatten(0, 1), torch.full((B, n), Z_EMPTY, device=pairs.ids.device)
-    hidden = model.hidden_states(insert_latents(pairs.ids, starts, latents).view(B * n, T + 3), z=z)[-1]
+    hidden = model.hidden_states(insert_latents(pairs.ids, starts, latents).flatten(0, 1), z=z)[-1]
     # what stands at <z> is the same for every z, by causality
     router = model.route(hidden.view(B, n, T + 3, -1)[torch.arange(B, device=starts.device), 0, starts - 1])
     logits = model.logits(hidden[:, 2:-1])  # entry t now scores ids[:, t], which stands at t + 3
