@@ -200,12 +200,10 @@ class KVCache:
 def sample(model, prompts, generator, temperature=1.0, z=None):
     """Continues every prompt until <eos> or the context is full.
 
-    prompts: list of B id lists, of different lengths; generator: torch.Generator that all randomness comes from.
-    z: (B, D), one for every prompt with <z_empty>.
-    temperature: 0 takes the likeliest token. Returns (tokens, logp), both (B, N) on the model's device: sampled ids,
-    <pad> after <eos>, and each one's log-probability under the model at temperature 1 (nats, 0 at <pad>).
-    Prompts are padded on the left, so that all rows write the same cache column; rows that are done
-    leave the batch, a quarter of it or more at a time.
+    prompts: list of B id lists, of different lengths; generator: torch.Generator that all randomness comes from;
+    temperature: 0 takes the likeliest token; z: (B, D), one for every prompt with <z_empty>. Returns (tokens, logp),
+    both (B, N) on the model's device: sampled ids, <pad> after <eos>, and each one's log-probability under the model at
+    temperature 1 (nats, 0 at <pad>). Prompts are padded on the left, so that all rows write the same cache column.
     """
     device, config = model.embed.weight.device, model.config
     longest = max(map(len, prompts))
