@@ -69,7 +69,7 @@ def check_value(key, value, kind):
             fail(f"config key '{key}' is {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
         return value
     kind, least, most = get_args(kind) if get_origin(kind) is Annotated else (kind, 0, LARGEST)
-    kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
+    kinds = get_args(kind) or (kind,)  # of a union, each
     if float in kinds and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
     if type(value) not in kinds:
@@ -126,11 +126,9 @@ def load(script, argv):
         if not flag.startswith("--") or not equals:
             fail(f"expected --key=value, such as --seed=1 or --resume=True, got '{flag}'")
         try:
-            assigned[key] = ast.literal_eval(text)
+            assigned[key] = text if kinds.get(key) is str else ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             assigned[key] = text  # a bare word is a string
-        if kinds.get(key) is str:
-            assigned[key] = text
     for key, value in assigned.items():
         if key not in kinds:
             close = difflib.get_close_matches(key, kinds, n=1)
