@@ -10,8 +10,8 @@ from harness import parallel
 def make_optimizers(model, cfg):
     """Muon [Jordan et al. 2024] for the matrices inside the blocks, AdamW for everything else, or AdamW for all. Each
     matrix has a Muon of its own, so that they can take their steps side by side."""
-    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.requires_grad]
-    others = [p for name, p in model.named_parameters() if not name.startswith("blocks.") and p.requires_grad]
+    matrices = list(model.blocks.parameters())
+    others = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
     adamw = {"lr": cfg.adamw_lr, "betas": (0.9, 0.95), "weight_decay": cfg.weight_decay,
              "fused": parallel.kind == "cuda"}
     if cfg.optimizer == "adamw":
@@ -35,7 +35,7 @@ def take_step(optimizer):
 
 def set_learning_rates(optimizers, step, cfg):
     """Linear warm-up, under a linear decay to 0 over all steps; every group has a peak of its own."""
-    fraction = min((step + 1) / cfg.warmup if cfg.warmup else 1.0, 1.0) * (1 - step / cfg.steps)
+    fraction = min(1.0, (step + 1) / max(1, cfg.warmup)) * (1 - step / cfg.steps)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak_lr", group["lr"]) * fraction
