@@ -114,8 +114,7 @@ class GPT(nn.Module):
             nn.init.zeros_(self.gaussian_router.bias)
 
     def takes_position(self, ids):
-        """False for padding and for the latent section '<z> z </z>', which repeat the position before them, so that y
-        sits where the base model learned to read it."""
+        """False for padding and for the latent section '<z> z </z>', which repeat the position before them."""
         first_latent = self.config.vocab_size - self.config.n_latents
         latent = (ids == Z) | (ids == Z_END) | (ids == Z_EMPTY) | (ids >= first_latent)
         return ~(latent | (ids == PAD))

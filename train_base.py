@@ -193,8 +193,7 @@ def training_batch(task, tokenizer, cfg, step):
 
 
 def dropout(model, pairs, p, key):
-    """Factors of what the blocks add at every place of the pairs (L, 2, B, T, C): a function of `key` (int) alone; None
-    where p is 0."""
+    """Factors (L, 2, B, T, C) of what the blocks add to B pairs: a function of `key` (int) alone; None where p is 0."""
     shape = len(model.blocks), 2, *pairs.ids.shape, model.config.n_embd
     return (torch.rand(shape, generator=seeded(key)) >= p) / (1 - p) if p else None
 
@@ -316,8 +315,7 @@ def build_base(checkpoint):
 
 
 def get_base(cfg, config_path):
-    """The base of cfg, which was read from config_path: frozen model, task and checkpoint. Trains it if the checkpoint
-    is missing."""
+    """The base of cfg, read from config_path: frozen model, task, checkpoint. Trains it if there is none."""
     path = os.path.join("out", cfg.name, "ckpt.pt")
     if not os.path.exists(path):
         if os.path.exists(os.path.join(os.path.dirname(path), "log.jsonl")) and not cfg.resume:

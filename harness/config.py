@@ -45,8 +45,7 @@ def say(line):
 
 
 def any_terminal():
-    """Streams that are closed go nowhere, and do not become files of the run; characters that a terminal does not know
-    are printed as codes."""
+    """Closed streams go nowhere and become no files of the run; characters a terminal lacks are printed as codes."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -88,8 +87,7 @@ def usage(script):
 
 
 def assignments(path):
-    """What a config file assigns, key -> value; what it imports or defines, and names with a leading _, are its own
-    business."""
+    """What a config file assigns, key -> value, without what it imports or defines, and names with a leading _."""
     if not os.path.exists(path) or os.path.isdir(path):  # a pipe is no file, but can be read
         folder = os.path.dirname(path) or "."
         there = [os.path.join(folder, name) for name in os.listdir(folder)] if os.access(folder, os.R_OK) else []

@@ -76,8 +76,7 @@ class Run:
             sys.exit(128 + self.signals[0])
 
     def note(self, number, frame):
-        """A first signal is noted, so that the step can be finished; a second one, or one before the first step, ends
-        the program at once."""
+        """Notes a first signal, whose step is finished. A second, or one before any step, ends the program at once."""
         if (self.signals or not self.stepping) and parallel.processes == 1:  # torchrun repeats a signal at once
             sys.exit(128 + number)
         self.signals.append(number)
@@ -168,8 +167,7 @@ class Run:
             sys.exit(128 + received[0])
 
     def finish(self, checkpoint, metrics=None):
-        """The run is complete: its checkpoint, and its result if there are metrics, take the place of the state to go
-        on from."""
+        """The run is complete: its checkpoint, and its result if there are metrics, take the place of its state."""
         self.log_file.close()
         save(self.path("ckpt.pt"), checkpoint)
         if metrics:
@@ -180,8 +178,7 @@ class Run:
 
 
 def claim(folder):
-    """Makes a run's folder. Whoever claims it holds a lock, which ends with the process; no other process can, but on a
-    file system without locks."""
+    """Makes a run's folder and returns a lock on it, which ends with the process; none where a file system has none."""
     if parallel.rank:
         return open(os.devnull)
     try:
@@ -292,8 +289,7 @@ def load_checkpoint(path, kind):
 
 
 def current_commit():
-    """The short hash of the commit that is checked out, "-dirty" where its code is changed; "unknown" outside a
-    repository, or without git."""
+    """The short hash of the commit checked out, "-dirty" if code is changed; "unknown" without git or repository."""
     def git(*args):
         return subprocess.run(["git", *args], capture_output=True, text=True,
                               cwd=os.path.dirname(__file__),  # this folder's, whatever repository a hook is at work in
