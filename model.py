@@ -256,8 +256,7 @@ def sample_in_batches(model, prompts, generator, temperature=1.0, z=None, batch=
 
     def run(start, seed):
         rows = slice(start, start + batch)
-        tokens, logp = sample(model, prompts[rows], seeded(seed), temperature,
-                              None if z is None else z[rows])
+        tokens, logp = sample(model, prompts[rows], seeded(seed), temperature, None if z is None else z[rows])
         return list(zip(tokens.cpu(), logp.cpu()))
 
     return [row for rows in map_chunks(run, starts, seeds) for row in rows]

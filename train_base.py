@@ -266,8 +266,7 @@ def train(cfg):
         for doubt in doubts(final, best["nll"], scores["nll"]):
             say(f"{cfg.name}: {doubt}")
         run.finish({"kind": "base", "config": dataclasses.asdict(cfg), "model_config": vars(model.config),
-                    "model": model.state_dict(), "vocab": list(task.vocab), "data": task.data,
-                    "c_base": c_base}, final)
+                    "model": model.state_dict(), "vocab": list(task.vocab), "data": task.data, "c_base": c_base}, final)
 
 
 def report(cfg, entry):

@@ -131,8 +131,7 @@ class Run:
     def steps(self):
         """The steps that are left, with a progress bar where stdout is a terminal."""
         first, self.stepping = self.state["step"] if self.state else 0, True
-        return tqdm(range(first, self.cfg.steps), desc=self.cfg.name, file=sys.stdout,
-                    disable=not sys.stdout.isatty())
+        return tqdm(range(first, self.cfg.steps), desc=self.cfg.name, file=sys.stdout, disable=None)
 
     def due(self, step):
         """Whether `step` is the last one, or one after which cfg wants an evaluation."""
