@@ -236,7 +236,7 @@ def train(cfg):
     with runs.Run(cfg) as run:
         run.begin(task.data)
         model = GPT(GPTConfig(len(tokenizer), 0, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
-        parameters, optimizers = list(model.parameters()), make_optimizers(model, cfg)
+        optimizers = make_optimizers(model, cfg)
         if run.state:
             runs.restore(run.state, model, optimizers)
         best = run.state["best"] if run.state else {"nll": math.inf}  # the weights of least validation loss
@@ -247,7 +247,7 @@ def train(cfg):
             keep = dropout(model, pairs, cfg.dropout, cfg.seed * 10**6 + step)
             loss, gradients = gradient(model, pairs, weights, cfg.chunks, keep)
             run.check_finite(step, {"cross-entropy": loss}, gradients)
-            update(optimizers, parameters, gradients)
+            update(optimizers, model.parameters(), gradients)
             if run.due(step):
                 scores = validate(model, task, tokenizer, cfg.eval_size, cfg.seed, "validation")
                 entry = {"step": step + 1, "loss": loss, **scores, "minutes": run.minutes}
