@@ -155,7 +155,7 @@ class Run:
         if done == self.cfg.steps or not (received or done % self.cfg.save_every == 0):
             return
         self.log_file.flush()
-        with open(self.log_file.name) as f:
+        with open(self.log_file.name, "rb") as f:
             log_lines = len(f.readlines())
         save(self.state_path, {"kind": "state", "config": dataclasses.asdict(self.cfg), "step": done,
                                "log_lines": log_lines, "minutes": self.minutes, "made_with": self.made_with,

@@ -462,8 +462,8 @@ def test_a_base_that_cannot_be_saved_leaves_the_old_result_beside_the_old_checkp
 
 
 def test_a_log_of_other_bytes_is_no_obstacle(workplace):
-    """What stands in it before the saved state stays as it is."""
-    flags = [*BASE, "--name=bytes", "--eval_every=1", "--save_every=1"]
+    """What stands in it before the saved state stays as it is, and the resumed run saves its states."""
+    flags = [*BASE, "--name=bytes", "--steps=3", "--eval_every=1", "--save_every=1"]
     cfg = config.load(train_base, flags)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs.Run, "check_finite", lambda run, step, *more: sys.exit("stop") if step == 1 else None)
@@ -471,7 +471,7 @@ def test_a_log_of_other_bytes_is_no_obstacle(workplace):
     with open("out/bytes/log.jsonl", "rb+") as f:
         f.write(b"\xff\xfe")
     train_base.train(config.load(train_base, [*flags, "--resume=True"]))
-    assert bytes_of("out/bytes/log.jsonl").startswith(b"\xff\xfe") and bytes_of("out/bytes/log.jsonl").count(b"\n") == 2
+    assert bytes_of("out/bytes/log.jsonl").startswith(b"\xff\xfe") and bytes_of("out/bytes/log.jsonl").count(b"\n") == 3
     assert runs.read_log("out/bytes") == []
     with open("out/bytes/pid", "wb") as f:
         f.write(b"\xff\xfe")
