@@ -89,7 +89,6 @@ def controlled(task, xs, ys):
             "attributed": 1 - found.count(None) / len(found), **metrics}, C
 
 
-@torch.no_grad()
 def router(model, tokenizer, xs):
     """What the router says about every input: log p_phi(z|x) (N, K), or mean and log variance (N, D) each."""
     prompts = [tokenizer.prompt(x) for x in xs]
@@ -98,7 +97,6 @@ def router(model, tokenizer, xs):
     return gaussian(out) if model.config.z_dim else F.log_softmax(out[:, -model.config.n_latents:], dim=1)
 
 
-@torch.no_grad()
 def router_sampled(model, task, tokenizer, xs, samples, generator):
     """z ~ p(z|x), then y ~ p(y|x,z), `samples` times for every x in turn. Returns z (N, samples) or (N, samples, D),
     the y, and the strategy of each, or None."""
@@ -114,7 +112,6 @@ def router_sampled(model, task, tokenizer, xs, samples, generator):
     return z, ys, [task.attribute(xs[i // samples], y) for i, y in enumerate(ys)]
 
 
-@torch.no_grad()
 def against_base(model, base, task, tokenizer, xs, samples, seed):
     """Router samples next to as many of the base. Returns (metrics, shares of the factorization's strategies, shares of
     the base's, both over all inputs and samples, z, the strategies found under them)."""
@@ -138,7 +135,6 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
     return metrics, shares, base_shares, z, found
 
 
-@torch.no_grad()
 def strategy_probabilities(model, base, task, tokenizer, xs):
     """The probability of the trace of every strategy on every x, in all its wordings (of many, estimated from some), or
     of all y that a file labels so, not sampled: p(y|x) of the base and p(y|x,z) of the generator under every z,
@@ -212,7 +208,6 @@ def information(p):
     return max(0.0, (p * (p.clamp(min=1e-12) / mean).log()).sum(dim=1).mean().item())
 
 
-@torch.no_grad()
 def without_labels(model, q, base, task, tokenizer, xs, ys):
     """What `forced` y tell where nobody knows the strategies: the share of different ones among the K of an x; how
     often q finds from y, without padding and tokens that no base has, the z that it was made under; and how often the
