@@ -590,8 +590,6 @@ def main(argv):
         drop_stdout()
     except OSError as e:  # a full disk
         fail(str(e))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
