@@ -284,9 +284,8 @@ def held_out(model, q, base, task, tokenizer, xs, n, c_base, seed):
 
 
 def discrete_fidelity(model, pairs, logq, logp_z, labels, counted, S):
-    logp_y, n = log_likelihood(model, pairs), len(pairs.ids)  # (n, K)
-    mean_router = logp_z.logsumexp(dim=0) - math.log(n)
-    marginal_q, entropy = logq.logsumexp(dim=0) - math.log(n), losses.posterior_entropy(logq).mean()
+    logp_y = log_likelihood(model, pairs)  # (n, K)
+    mean_router = logp_z.logsumexp(dim=0) - math.log(len(logp_z))
     choice = F.one_hot(logq.argmax(dim=1), logq.shape[1]).float()
     joint = choice.T @ F.one_hot(labels + 1, S + 1)[:, 1:].float() / counted.sum().clamp(min=1)
     return {"nll": -(logp_z + logp_y).logsumexp(dim=1),
@@ -294,8 +293,8 @@ def discrete_fidelity(model, pairs, logq, logp_z, labels, counted, S):
             "reconstruction": losses.reconstruction(logp_y, logq).mean().item(),
             "kl": losses.categorical_kl(logq, logp_z).mean().item(),
             **({"posterior_alignment": one_to_one_matching(joint)[0]} if counted.any() else {}),
-            "posterior_entropy": entropy.item(),
-            "posterior_mutual_information": (-(marginal_q.exp() * marginal_q).sum() - entropy).item()}
+            "posterior_entropy": losses.posterior_entropy(logq).mean().item(),
+            "posterior_mutual_information": information(logq.exp())}
 
 
 def continuous_fidelity(model, pairs, posterior, p, seed, of_posterior=8, of_router=56):
