@@ -124,14 +124,12 @@ def against_base(model, base, task, tokenizer, xs, samples, seed):
     metrics |= {f"base_{key}": value for key, value in score_answers(task, all_xs, base_ys).items()}
     shares, base_shares = ([each.count(s) / len(all_xs) for s in (*task.strategies, None)]
                            for each in (found, base_found))
-    S = [len(task.mixture(x)) for x in xs]
-    if not all(S):  # nobody knows strategies
-        return metrics, shares, base_shares, z, found
-    metrics["sampled_strategy_total_variation"] = sum(abs(a - b) for a, b in zip(shares, base_shares)) / 2
-    K = samples if model.config.z_dim else model.config.n_latents
-    metrics |= local_coverage(base_found, samples, K, S, "base_")  # what K samples of the base show
-    if model.config.z_dim:
-        metrics |= local_coverage(found, samples, K, S)
+    S, K = [len(task.mixture(x)) for x in xs], model.config.n_latents or samples
+    if all(S):  # else nobody knows strategies
+        metrics["sampled_strategy_total_variation"] = sum(abs(a - b) for a, b in zip(shares, base_shares)) / 2
+        metrics |= local_coverage(base_found, samples, K, S, "base_")  # what K samples of the base show
+        if model.config.z_dim:
+            metrics |= local_coverage(found, samples, K, S)
     return metrics, shares, base_shares, z, found
 
 
