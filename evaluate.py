@@ -6,7 +6,6 @@
 
 Strategy names are read here and by train_base.py alone. A glossary of all metrics is in assets/results/README.md.
 """
-import contextlib
 import math
 import os
 import random
@@ -14,6 +13,7 @@ import re
 import signal
 import sys
 import textwrap
+from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, also while torch loads
@@ -444,23 +444,22 @@ def evaluate(folder, seed=0):
     runs.write_result(folder, cfg, made_with, metrics)
     titles = [f"{s}\nrouter {share:.0%}, base {base_share:.0%}"  # shares of the samples of either
               for s, share, base_share in zip(task.strategies, shares, base_shares)]
-    for name in ("training", "latent_space", "traces", "matching", "router"):
-        with contextlib.suppress(FileNotFoundError):  # of an earlier run, or with other labels
-            os.remove(os.path.join(folder, f"{name}.png"))
+    png = {name: Path(folder, f"{name}.png") for name in ("training", "latent_space", "traces", "matching", "router")}
+    for path in png.values():
+        path.unlink(missing_ok=True)  # of an earlier run, or with other labels
     log = runs.read_log(folder)
     if log and log[-1]["minutes"] == checkpoint["last_log"]["minutes"]:
-        figures.draw_training(log, os.path.join(folder, "training.png"))
+        figures.draw_training(log, png["training"])
     else:
         print(f"no training.png: {folder}/log.jsonl is of another run than ckpt.pt")
     if D:
-        figures.draw_latent_space(posterior[0], labels, z.flatten(0, 1), indices(task, found), titles,
-                                  os.path.join(folder, "latent_space.png"))
+        z, found = z.flatten(0, 1), indices(task, found)
+        figures.draw_latent_space(posterior[0], labels, z, found, titles, png["latent_space"])
     else:
-        figures.draw_traces(task.text(xs[0]), *sample_traces(run, xs[0], seed), task.strategies,
-                            os.path.join(folder, "traces.png"))
+        figures.draw_traces(task.text(xs[0]), *sample_traces(run, xs[0], seed), task.strategies, png["traces"])
     if C is not None and len(task.strategies) <= 100:  # no figure is wide enough for more
-        figures.draw_matching(C, matching, titles, os.path.join(folder, "matching.png"))
-        figures.draw_router(*by_kind, matching, task.strategies, os.path.join(folder, "router.png"))
+        figures.draw_matching(C, matching, titles, png["matching"])
+        figures.draw_router(*by_kind, matching, task.strategies, png["router"])
     for name in SHOWN:
         if name in metrics:
             print(f"{name:36s} {round(metrics[name], 3) + 0.0:.3f}")  # no -0.000
