@@ -115,24 +115,21 @@ def draw_traces(x, of_base, of_latents, strategies, path):
     K, samples = len(of_base), of_base + of_latents
     columns = [[part for line in lines for part in textwrap.wrap(line, 30)] for _, lines in samples]
     height = max(map(len, columns))
+    width = max(14, *(len(text) for (name, _), column in zip(samples, columns) for text in (name, *column)))
     # places are in characters and lines of a monospaced font, from the top left corner
-    widths = [max(14, *map(len, (*column, name))) for column, (name, _) in zip(columns, samples)]
-    figure, axis = new_figure(0.084 * (sum(widths) + 3.5 * len(samples) + 8), 0.18 * (height + 9))
-    axis.set_position([0, 0, 1, 1])
-    axis.set(xlim=(0, sum(widths) + 3.5 * len(samples) + 8), ylim=(height + 9, 0))
+    right, bottom = 8 + (width + 3.5) * len(samples), 9 + height
+    figure, axis = new_figure(0.084 * right, 0.18 * bottom)
+    axis.set(position=[0, 0, 1, 1], xlim=(0, right), ylim=(bottom, 0))
     axis.axis("off")
     axis.text(3, 1, f"x = {x}", family="monospace", va="center")
-    left = 3
-    for i, (column, (name, _), width) in enumerate(zip(columns, samples, widths)):
-        left += 4 * (i == K)
-        if i in (0, K):
-            title = "the factorization: z decides" if i else "the base: whichever comes up"
-            axis.text(left, 3, title, fontsize=12, weight="bold", va="center")
+    for i, (column, (name, _)) in enumerate(zip(columns, samples)):
+        left = 3 + (width + 3.5) * i + 4 * (i >= K)
+        title = {0: "the base: whichever comes up", K: "the factorization: z decides"}.get(i, "")
+        axis.text(left, 3, title, fontsize=12, weight="bold", va="center")
+        colour = f"C{strategies.index(name)}" if name in strategies else "gray"
         head = [f"<z{i - K + 1}>" if i >= K else f"sample {i + 1}", name]
         for lines, top, alpha, style in ((head, 5, 1, {"color": "white", "weight": "bold"}),
                                          (column + [""] * (height - len(column)), 7.8, 0.13, {})):
-            colour = f"C{strategies.index(name)}" if name in strategies else "gray"
             axis.text(left, top, "\n".join(line.ljust(width) for line in lines), family="monospace", va="top",
                       bbox={"facecolor": colour, "alpha": alpha, "linewidth": 0}, **style)
-        left += width + 3.5
-    figure.savefig(path, dpi=150)
+    save(figure, path)
