@@ -72,9 +72,8 @@ def draw_latent_space(means, labels, z, found, strategies, path):
             axis.scatter(*own.T.tolist(), s=4, alpha=0.3, label=f" {name}", color=colour)
             if s >= 0 and len(own):
                 for panel in axes:  # filled in its own panel, hollow in the other
-                    style = {"facecolor": colour, "edgecolor": "black"} if panel is axis else \
-                        {"facecolor": "none", "edgecolor": colour}
-                    panel.scatter(*own.mean(dim=0).tolist(), s=90, linewidth=2, zorder=3, **style)
+                    face, edge = (colour, "black") if panel is axis else ("none", colour)
+                    panel.scatter(*own.mean(dim=0).tolist(), s=90, facecolor=face, edgecolor=edge, lw=2, zorder=3)
         for radius in (1, 2):
             axis.plot((radius * angle.cos()).tolist(), (radius * angle.sin()).tolist(), color="gray", linewidth=0.8)
         axis.set_aspect("equal")
