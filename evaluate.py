@@ -138,22 +138,21 @@ def strategy_probabilities(model, base, task, tokenizer, xs):
     of all y that a file labels so, not sampled: p(y|x) of the base and p(y|x,z) of the generator under every z,
     (1 + K, N, S), 0 for a strategy that the data does not have there. Twice: as it is, and with equal parts of a trace
     for strategies that coincide."""
-    rng, place, weights, records, starts = random.Random(0), [], [], [], []
+    rng, S, rows = random.Random(0), len(task.strategies), []
     for i, x in enumerate(xs):
         traces = [(s, y) for s, y in task.traces(x) if s]
         for s, y in traces:
-            for worded, n in task.wordings(y, rng):
-                place.append(i * len(task.strategies) + task.strategies.index(s))
-                weights.append([n, n / [other for _, other in traces].count(y)])
-                records.append(tokenizer.record(x, worded))
-                starts.append(len(tokenizer.prompt(x)))
+            place, alike = i * S + task.strategies.index(s), [other for _, other in traces].count(y)
+            rows += [(place, (n, n / alike), tokenizer.record(x, worded), len(tokenizer.prompt(x)))
+                     for worded, n in task.wordings(y, rng)]
+    place, weights, records, starts = zip(*rows)
     check_lengths(records, model.config.block_size)
     pairs = as_pairs(records, starts)
     log_base = in_chunks(lambda chunk: -score_base(base, chunk).sum(dim=1, keepdim=True), pairs)
     p = torch.cat((log_base, log_likelihood(model, pairs)), dim=1).exp()  # (records, 1 + K)
-    found = torch.zeros(len(xs) * len(task.strategies), 2, p.shape[1])
+    found = torch.zeros(len(xs) * S, 2, p.shape[1])
     found.index_add_(0, torch.tensor(place), torch.tensor(weights)[:, :, None] * p[:, None])
-    return found.permute(1, 2, 0).reshape(2, -1, len(xs), len(task.strategies))
+    return found.permute(1, 2, 0).reshape(2, -1, len(xs), S)
 
 
 def exact_alignment(p, there, matching, kinds):
