@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from torch.distributions import Normal
 
 import losses
 from harness import figures, parallel, runs
@@ -298,16 +299,15 @@ def continuous_fidelity(model, pairs, posterior, p, seed, of_posterior=8, of_rou
     """The importance-weighted bound takes samples of posterior and router, each weighted as one of their mixture. Most
     are of the router: many z outside the posterior give y, too. A few of the posterior ensure that some z gives y."""
     generator, samples = seeded(seed), of_posterior + of_router
-    q, p = ([part[:, None] for part in gauss] for gauss in (posterior, p))
-    z = torch.cat([mean + (0.5 * log_var).exp() * torch.randn(len(mean), some, mean.shape[2], generator=generator)
-                   for (mean, log_var), some in ((q, of_posterior), (p, of_router))], dim=1)  # (n, samples, D)
+    gaussians = [Normal(mean[:, None], (0.5 * log_var[:, None]).exp()) for mean, log_var in (posterior, p)]
+    z = torch.cat([each.mean + each.stddev * torch.randn(len(each.mean), some, each.mean.shape[2], generator=generator)
+                   for each, some in zip(gaussians, (of_posterior, of_router))], dim=1)  # (n, samples, D)
     logp_y = log_likelihood(model, pairs, z)  # (n, samples)
-    log_q, log_p = (-0.5 * ((z - mean).square() / log_var.exp() + log_var + math.log(2 * math.pi)).sum(dim=2)
-                    for mean, log_var in (q, p))
+    log_q, log_p = (each.log_prob(z).sum(dim=2) for each in gaussians)
     mixture = torch.logaddexp(log_q + math.log(of_posterior / samples), log_p + math.log(of_router / samples))
     return {"nll": -losses.importance_weighted_bound(logp_y, log_p - mixture),
             "reconstruction": -logp_y[:, :of_posterior].mean().item(), "importance_samples": samples,
-            "kl": losses.gaussian_kl(*posterior, *(part[:, 0] for part in p)).mean().item(),
+            "kl": losses.gaussian_kl(*posterior, *p).mean().item(),
             "posterior_variance": losses.posterior_variance(posterior[1]).mean().item()}
 
 
