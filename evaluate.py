@@ -103,8 +103,7 @@ def router_sampled(model, task, tokenizer, xs, samples, generator):
     the y, and the strategy of each, or None."""
     if model.config.z_dim:
         mean, log_var = (part[:, None] for part in router(model, tokenizer, xs))
-        noise = torch.randn(len(xs), samples, model.config.z_dim, generator=generator)
-        z = mean + (0.5 * log_var).exp() * noise
+        z = mean + (0.5 * log_var).exp() * torch.randn(len(xs), samples, mean.shape[2], generator=generator)
         prompts, vectors = [tokenizer.prompt(x, continuous=True) for x in xs for _ in range(samples)], z.flatten(0, 1)
     else:
         z = torch.multinomial(router(model, tokenizer, xs).exp(), samples, replacement=True, generator=generator)
