@@ -88,9 +88,8 @@ def draw_training(log, path):
     steps = [e["step"] for e in log]
     axes[0].plot(steps, [e["normalized_reconstruction"] for e in log], label="R / c_base")
     axes[0].plot(steps, [e["kl"] for e in log], label="KL(q || p), nats")
-    keys = dict.fromkeys(key for e in log for key in e if key.startswith("loss_fraction_"))
-    names = [key for key in keys if any(e.get(key, 0) > 0 for e in log)]  # a term may play no part in a stage
-    axes[1].stackplot(steps, [[e.get(key, 0) for e in log] for key in names],
+    names = dict.fromkeys(key for e in log for key in e if key.startswith("loss_fraction_") and e[key] > 0)
+    axes[1].stackplot(steps, [[e.get(key, 0) for e in log] for key in names],  # a term may play no part in a stage
                       labels=[key.removeprefix("loss_fraction_").replace("_", " ") for key in names])
     axes[1].set_title("share of the objective", fontsize=10)
     for key, label in (("alignment_one_to_one", "alignment"), ("local_strategy_coverage_mean", "local coverage"),
