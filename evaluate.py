@@ -460,7 +460,7 @@ def evaluate(folder, seed=0):
         figures.draw_router(*by_kind, matching, task.strategies, png["router"])
     for name in SHOWN:
         if name in metrics:
-            print(f"{name:36s} {round(metrics[name], 3) + 0.0:.3f}")  # no -0.000
+            print(f"{name:36s} {metrics[name]:z.3f}")  # z: no -0.000
     if C is not None:
         meanings = [f"<z{k + 1}> {'none' if s is None else f'{task.strategies[s]} ({C[k, s]:.2f})'}"
                     for k, s in enumerate(matching)]
