@@ -248,12 +248,12 @@ def number(n):
     return list(str(n))
 
 
-def read_numbers(tokens, separators):
-    """['4', '7', '+', '3', '8'] -> [47, 38]; None where a number is missing, malformed, or of over 100 digits."""
-    parts = re.split("|".join(map(re.escape, separators)), "".join(tokens))
-    if not all(re.fullmatch("0|[1-9][0-9]{0,99}", p) for p in parts):  # int() takes no more than 4300 digits
-        return None
-    return [int(p) for p in parts]
+def read_numbers(tokens, *separators):
+    """['4', '7', '+', '3', '8'], '+' -> [47, 38]; None unless there is one number, of at most 100 digits, before,
+    between and after the separators."""
+    number = "(0|[1-9][0-9]{0,99})"  # int() takes no more than 4300 digits
+    match = re.fullmatch(number.join(("", *map(re.escape, separators), "")), "".join(tokens))
+    return match and [int(n) for n in match.groups()]
 
 
 def addition(a, b):
@@ -262,7 +262,7 @@ def addition(a, b):
 
 def addends(step):
     """['1', '0', '+', '7', '=', '1', '7'] -> [10, 7]; [] where a step is not the sum of two numbers."""
-    return read_numbers(step[:step.index("=")], ["+"]) or [] if step.count("+") == step.count("=") == 1 else []
+    return read_numbers(step[:step.index("=")], "+") or [] if step.count("+") == step.count("=") == 1 else []
 
 
 def swapped(step):
@@ -275,7 +275,7 @@ def swapped(step):
 
 def on_numbers(f, *separators):
     """f of numbers, as a function of the tokens that they stand in."""
-    return lambda x: f(*read_numbers(x, separators))
+    return lambda x: f(*read_numbers(x, *separators))
 
 
 def list_summation(min_len=4, max_len=5, max_value=9):
@@ -453,39 +453,34 @@ def linear_equation_solving(max_factor=9, max_root=12, max_offset=30):
         a, root, b = rng.randint(2, max_factor), rng.randint(1, max_root), rng.randint(1, max_offset)
         return [*number(a), "x", "+", *number(b), "=", *number(a * root + b)]
 
-    def read(x):  # a, b, c as token lists, and the numbers
-        plus, equals = x.index("+"), x.index("=")
-        a, b, c = x[:plus - 1], x[plus + 1:equals], x[equals + 1:]
-        return a, b, c, *(int("".join(t)) for t in (a, b, c))
-
     def check(x):
-        numbers = read_numbers(x, ["x+", "="])
-        if not numbers or len(numbers) != 3 or not re.fullmatch(r"\d+x\+\d+=\d+", "".join(x)):
+        numbers = read_numbers(x, "x+", "=")
+        if not numbers:
             return "expected 'a x + b = c'"
         a, b, c = numbers
         if not (2 <= a <= max_factor and 1 <= b <= max_offset and (c - b) % a == 0 and 1 <= (c - b) // a <= max_root):
             return (f"expected a x + b = c with a between 2 and {max_factor}, b between 1 and {max_offset}, "
                     f"and a whole x between 1 and {max_root}")
 
-    def subtract_then_divide(x):
-        a, b, c, na, nb, nc = read(x)
-        return [[*a, "x", "=", *c, "-", *b], [*a, "x", "=", *number(nc - nb)],
-                ["x", "=", *number(nc - nb), "/", *a], ["x", "=", *number((nc - nb) // na)]]
+    def subtract_then_divide(a, b, c):
+        return [[*number(a), "x", "=", *number(c), "-", *number(b)], [*number(a), "x", "=", *number(c - b)],
+                ["x", "=", *number(c - b), "/", *number(a)], ["x", "=", *number((c - b) // a)]]
 
-    def divide_then_subtract(x):
-        a, b, c, na, nb, nc = read(x)
-        return [["x", "+", *b, "/", *a, "=", *c, "/", *a], ["x", "=", *c, "/", *a, "-", *b, "/", *a],
-                ["x", "=", *number(nc - nb), "/", *a], ["x", "=", *number((nc - nb) // na)]]
+    def divide_then_subtract(a, b, c):
+        return [["x", "+", *number(b), "/", *number(a), "=", *number(c), "/", *number(a)],
+                ["x", "=", *number(c), "/", *number(a), "-", *number(b), "/", *number(a)],
+                ["x", "=", *number(c - b), "/", *number(a)], ["x", "=", *number((c - b) // a)]]
 
-    def inverse_ops(x):
-        a, b, c, na, nb, nc = read(x)
-        return [[*c, "-", *b, "=", *number(nc - nb)], [*number(nc - nb), "/", *a, "=", *number((nc - nb) // na)]]
+    def inverse_ops(a, b, c):
+        return [[*number(c), "-", *number(b), "=", *number(c - b)],
+                [*number(c - b), "/", *number(a), "=", *number((c - b) // a)]]
 
     return Task("linear_equation_solving", (*DIGITS, "x", "+", "-", "/", "=", ";", "ans"), draw, check,
-                answer=lambda x: number((read(x)[5] - read(x)[4]) // read(x)[3]),
-                steps={"subtract-then-divide": subtract_then_divide, "divide-then-subtract": divide_then_subtract,
-                       "inverse-ops": inverse_ops},
-                kind=lambda x: "small factor" if read(x)[3] < 6 else "large factor")
+                answer=on_numbers(lambda a, b, c: number((c - b) // a), "x+", "="),
+                steps={"subtract-then-divide": on_numbers(subtract_then_divide, "x+", "="),
+                       "divide-then-subtract": on_numbers(divide_then_subtract, "x+", "="),
+                       "inverse-ops": on_numbers(inverse_ops, "x+", "=")},
+                kind=on_numbers(lambda a, b, c: "small factor" if a < 6 else "large factor", "x+", "="))
 
 
 def base_conversion(min_value=16, max_value=511):
@@ -503,8 +498,8 @@ def base_conversion(min_value=16, max_value=511):
         return [*number(rng.randint(min_value, max_value)), "base", *number(rng.choice((4, 8, 16)))]
 
     def check(x):
-        numbers = read_numbers(x, ["base"])
-        if not numbers or len(numbers) != 2 or not min_value <= numbers[0] <= max_value or numbers[1] not in (4, 8, 16):
+        numbers = read_numbers(x, "base")
+        if not numbers or not min_value <= numbers[0] <= max_value or numbers[1] not in (4, 8, 16):
             return f"expected 'n base b' with n between {min_value} and {max_value} and b one of 4, 8, 16"
 
     def digits(n, base):
@@ -549,8 +544,8 @@ def multidigit_addition(min_digits=1, max_digits=2):
         return [*number(a), "+", *number(b)] if max(a, b) > 9 else None
 
     def check(x):
-        numbers = read_numbers(x, ["+"])
-        if (not numbers or len(numbers) != 2 or min(numbers) < 1 or max(numbers) < 10
+        numbers = read_numbers(x, "+")
+        if (not numbers or min(numbers) < 1 or max(numbers) < 10
                 or not all(min_digits <= len(str(n)) <= max_digits for n in numbers)):
             return f"expected 'a + b', each above 0, of {min_digits} to {max_digits} digits, and one of 2 or more"
 
@@ -579,7 +574,7 @@ def multidigit_addition(min_digits=1, max_digits=2):
         return [addition(b, excess), addition(a, b + excess), subtract]
 
     return Task("multidigit_addition", (*DIGITS, "+", "-", "=", "carry", ";", "ans"), draw, check,
-                answer=lambda x: number(sum(read_numbers(x, ["+"]))),
+                answer=on_numbers(lambda a, b: number(a + b), "+"),
                 steps={"right-to-left-carry": on_numbers(right_to_left_carry, "+"),
                        "left-to-right-partials": on_numbers(left_to_right_partials, "+"),
                        "rounding-decomposition": on_numbers(rounding_decomposition, "+")},
