@@ -88,7 +88,7 @@ class Task:
     draw: Callable  # rng -> x, also one on which strategies coincide; or None: draw again
     check: Callable  # x -> None or the reason why x is no input of this task
     answer: Callable  # x -> the answer, task tokens
-    steps: dict  # strategy name -> (x -> list of steps, each a list of tokens)
+    steps: dict  # strategy name -> (x -> list of steps, each a list of tokens or a text whose characters are tokens)
     kind: Callable = lambda x: "all"  # x -> name of the kind of input it is, on which the mixture may depend
     weights: list | dict | None = None  # of the strategies in the data, or a list of them for every kind; None: equal
     separators: tuple = (";",)  # any of which may close a step
@@ -257,7 +257,7 @@ def read_numbers(tokens, *separators):
 
 
 def addition(a, b):
-    return [*number(a), "+", *number(b), "=", *number(a + b)]
+    return f"{a}+{b}={a + b}"
 
 
 def addends(step):
@@ -451,7 +451,7 @@ def linear_equation_solving(max_factor=9, max_root=12, max_offset=30):
     """
     def draw(rng):
         a, root, b = rng.randint(2, max_factor), rng.randint(1, max_root), rng.randint(1, max_offset)
-        return [*number(a), "x", "+", *number(b), "=", *number(a * root + b)]
+        return list(f"{a}x+{b}={a * root + b}")
 
     def check(x):
         numbers = read_numbers(x, "x+", "=")
@@ -463,17 +463,13 @@ def linear_equation_solving(max_factor=9, max_root=12, max_offset=30):
                     f"and a whole x between 1 and {max_root}")
 
     def subtract_then_divide(a, b, c):
-        return [[*number(a), "x", "=", *number(c), "-", *number(b)], [*number(a), "x", "=", *number(c - b)],
-                ["x", "=", *number(c - b), "/", *number(a)], ["x", "=", *number((c - b) // a)]]
+        return [f"{a}x={c}-{b}", f"{a}x={c - b}", f"x={c - b}/{a}", f"x={(c - b) // a}"]
 
     def divide_then_subtract(a, b, c):
-        return [["x", "+", *number(b), "/", *number(a), "=", *number(c), "/", *number(a)],
-                ["x", "=", *number(c), "/", *number(a), "-", *number(b), "/", *number(a)],
-                ["x", "=", *number(c - b), "/", *number(a)], ["x", "=", *number((c - b) // a)]]
+        return [f"x+{b}/{a}={c}/{a}", f"x={c}/{a}-{b}/{a}", f"x={c - b}/{a}", f"x={(c - b) // a}"]
 
     def inverse_ops(a, b, c):
-        return [[*number(c), "-", *number(b), "=", *number(c - b)],
-                [*number(c - b), "/", *number(a), "=", *number((c - b) // a)]]
+        return [f"{c}-{b}={c - b}", f"{c - b}/{a}={(c - b) // a}"]
 
     return Task("linear_equation_solving", (*DIGITS, "x", "+", "-", "/", "=", ";", "ans"), draw, check,
                 answer=on_numbers(lambda a, b, c: number((c - b) // a), "x+", "="),
@@ -491,8 +487,6 @@ def base_conversion(min_value=16, max_value=511):
     """
     if min_value < 1:
         raise ValueError("0 leaves repeated division without a step: min_value must be at least 1")
-    bits_per_digit = {4: 2, 8: 3, 16: 4}
-    digit = "0123456789abcdef"
 
     def draw(rng):
         return [*number(rng.randint(min_value, max_value)), "base", *number(rng.choice((4, 8, 16)))]
@@ -503,29 +497,28 @@ def base_conversion(min_value=16, max_value=511):
             return f"expected 'n base b' with n between {min_value} and {max_value} and b one of 4, 8, 16"
 
     def digits(n, base):
-        return (digits(n // base, base) if n >= base else []) + [digit[n % base]]
+        return (digits(n // base, base) if n >= base else []) + [f"{n % base:x}"]
 
     def repeated_division(n, base):
         steps = []
         while n:
-            steps.append([*number(n), "/", *number(base), "=", *number(n // base), "r", digit[n % base]])
+            steps.append(f"{n}/{base}={n // base}r{n % base:x}")
             n //= base
         return steps
 
     def via_binary(n, base):
-        width = bits_per_digit[base]
-        groups = [f"{int(d, 16):0{width}b}" for d in digits(n, base)]
-        return [[*number(n), "=", *f"{n:b}"]] + [[*g, "=", digit[int(g, 2)]] for g in groups]
+        width = base.bit_length() - 1  # bits of a digit
+        return [f"{n}={n:b}", *(f"{int(d, 16):0{width}b}={d}" for d in digits(n, base))]
 
     def decomposition(n, base):
         steps = []
         for power in reversed(range(len(digits(n, base)))):
             rest = n % base ** power
-            steps.append([*number(n), "=", digit[n // base ** power], "*", *number(base ** power), "+", *number(rest)])
+            steps.append(f"{n}={n // base ** power:x}*{base ** power}+{rest}")
             n = rest
         return steps
 
-    return Task("base_conversion", (*digit, "base", "r", "/", "*", "+", "=", ";", "ans"), draw, check,
+    return Task("base_conversion", (*DIGITS, *"abcdef", "base", "r", "/", "*", "+", "=", ";", "ans"), draw, check,
                 answer=on_numbers(digits, "base"),
                 steps={"repeated-division": on_numbers(repeated_division, "base"),
                        "via-binary": on_numbers(via_binary, "base"),
@@ -541,7 +534,7 @@ def multidigit_addition(min_digits=1, max_digits=2):
     """
     def draw(rng):
         a, b = (rng.randrange(10 ** (n - 1), 10 ** n) for n in (rng.randint(min_digits, max_digits) for _ in range(2)))
-        return [*number(a), "+", *number(b)] if max(a, b) > 9 else None
+        return list(f"{a}+{b}") if max(a, b) > 9 else None
 
     def check(x):
         numbers = read_numbers(x, "+")
@@ -551,16 +544,16 @@ def multidigit_addition(min_digits=1, max_digits=2):
 
     def right_to_left_carry(a, b):
         steps, carry = [], 0
-        for place in range(max(len(str(a)), len(str(b)))):
+        for place in range(len(str(max(a, b)))):
             da, db = a // 10 ** place % 10, b // 10 ** place % 10
-            total = da + db + carry
-            steps.append([str(da), "+", str(db), "+", str(carry), "=", str(total % 10), "carry", str(total // 10)])
-            carry = total // 10
+            after, digit = divmod(da + db + carry, 10)
+            steps.append([*f"{da}+{db}+{carry}={digit}", "carry", str(after)])
+            carry = after
         return steps
 
     def left_to_right_partials(a, b):
         steps, total = [], None
-        for place in reversed(range(max(len(str(a)), len(str(b))))):
+        for place in reversed(range(len(str(max(a, b))))):
             da, db = (n // 10 ** place % 10 * 10 ** place for n in (a, b))
             steps.append(addition(da, db))
             if total is not None:
@@ -570,8 +563,7 @@ def multidigit_addition(min_digits=1, max_digits=2):
 
     def rounding_decomposition(a, b):
         excess = -b % 10
-        subtract = [*number(a + b + excess), "-", *number(excess), "=", *number(a + b)]
-        return [addition(b, excess), addition(a, b + excess), subtract]
+        return [addition(b, excess), addition(a, b + excess), f"{a + b + excess}-{excess}={a + b}"]
 
     return Task("multidigit_addition", (*DIGITS, "+", "-", "=", "carry", ";", "ans"), draw, check,
                 answer=on_numbers(lambda a, b: number(a + b), "+"),
