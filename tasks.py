@@ -288,29 +288,23 @@ def list_summation(min_len=4, max_len=5, max_value=9):
         return [str(rng.randint(1, max_value)) for _ in range(rng.randint(min_len, max_len))]
 
     def check(x):
-        if not min_len <= len(x) <= max_len or any(t not in DIGITS or not 1 <= int(t) <= max_value for t in x):
+        if not min_len <= len(x) <= max_len or not set(x) <= set(DIGITS[1:max_value + 1]):
             return f"expected {min_len} to {max_len} digits between 1 and {max_value}"
 
-    def running(values):
-        steps, total = [], values[0]
-        for value in values[1:]:
-            steps.append(addition(total, value))
-            total += value
-        return steps
+    def running(x):
+        values = list(map(int, x))
+        return [addition(total, value) for total, value in zip(itertools.accumulate(values), values[1:])]
 
-    def pairwise(values):
-        steps = []
+    def pairwise(x):
+        values, steps = list(map(int, x)), []
         while len(values) > 1:
-            pairs = list(zip(values[::2], values[1::2]))
-            steps += [addition(a, b) for a, b in pairs]
-            values = [a + b for a, b in pairs] + (values[-1:] if len(values) % 2 else [])
+            steps += [addition(a, b) for a, b in zip(values[::2], values[1::2])]
+            values = [sum(values[i:i + 2]) for i in range(0, len(values), 2)]
         return steps
 
     return Task("list_summation", (*DIGITS, "+", "=", ";", "ans"), draw, check,
                 answer=lambda x: number(sum(map(int, x))),
-                steps={"left-to-right": lambda x: running([int(t) for t in x]),
-                       "right-to-left": lambda x: running([int(t) for t in reversed(x)]),
-                       "pairwise": lambda x: pairwise([int(t) for t in x])},
+                steps={"left-to-right": running, "right-to-left": lambda x: running(x[::-1]), "pairwise": pairwise},
                 kind=lambda x: f"{len(x)} numbers")
 
 
