@@ -578,7 +578,7 @@ def traces_task(path):
                 distinct=False, records=records, tokens=tokens)
     reserved = re.compile("|".join(SPECIALS) + "|<z[0-9]+>")
     data = zlib.crc32("\n".join(f"{row.x}\t{row.y}" for row in rows).encode())
-    return replace(task, vocab=traces.vocabulary(path, rows, tokens, task.split, reserved), data=data)
+    return replace(task, vocab=traces.vocabulary(task, rows, reserved), data=data)
 
 
 # every task by name, as a function of its sizes, and at its default sizes
@@ -594,8 +594,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] in (["--help"], ["-h"]):
         sys.exit(print(__doc__))
     for path in sys.argv[1:]:
-        task = traces_task(path)
-        traces.describe(task.records, task.vocab, task.tokens, task.split)
+        traces.describe(traces_task(path))
     for task in TASKS.values() if len(sys.argv) == 1 else ():
         x = task.sample_input(random.Random(1))
         print(f"\n{task.name}   x = {' '.join(x)}")

@@ -68,46 +68,43 @@ def problem_of(entry):
     return None
 
 
-def vocabulary(path, records, tokens, split, reserved):
-    """The different tokens of training inputs and their records, sorted. tokens: text -> its tokens; split: tokens of x
-    -> "train", "validation" or "test"; reserved: a pattern of tokens that are no file's. Ends the program with one line
-    on such a token, on one that training inputs lack, and on a split without inputs."""
-    first = {"train": {}, "validation": {}, "test": {}}  # token -> the line it is first seen in
-    count = dict.fromkeys(first, 0)
-    for record in records:
-        x = tokens(record.x)
-        name = split(x)
-        seen, count[name] = first[name], count[name] + 1
-        for token in {*x, *tokens(record.y), *tokens(record.answer or "")} - seen.keys():
-            seen[token] = record.line
-    for name, seen in first.items():
-        if not seen:
-            fail(f"{path}: it has no {name} inputs; of its {len({record.x for record in records})} different x, 85% are"
-                 " for training, 5% for validation, 10% for tests")
-        if 10_000 * count[name] < len(records):
-            fail(f"{path}: only {count[name]} of {len(records)} records have {name} inputs: it needs more different x")
-        for token, line in seen.items():
-            if reserved.fullmatch(token):
-                fail(f"{path}, line {line}: the token {token} is reserved")
-            if token not in first["train"]:
-                fail(f"{path}, line {line}: no record of a training input has the token '{token}', but that of a "
-                     f"{name} input")
-    return tuple(sorted(first["train"]))
+def vocabulary(task, rows, reserved):
+    """The different tokens of training inputs and their records, sorted. task: the tasks.Task of a file, without its
+    vocabulary; rows: list of its Record; reserved: a pattern of tokens that are no file's. Ends the program with one
+    line on such a token, on one that training inputs lack, and on a split without inputs."""
+    of_split, known = {"train": [], "validation": [], "test": []}, set()
+    for row in rows:
+        of_split[task.split(task.tokens(row.x))].append(row)
+    for name, own in of_split.items():
+        if not own:
+            fail(f"{task.name}: it has no {name} inputs; of its {len(task.records)} different x, 85% are for training, "
+                 "5% for validation, 10% for tests")
+        if 10_000 * len(own) < len(rows):
+            fail(f"{task.name}: only {len(own)} of {len(rows)} records have {name} inputs: it needs more different x")
+        for row in own:
+            for token in {*task.tokens(row.x), *task.tokens(row.y), *task.tokens(row.answer or "")} - known:
+                if reserved.fullmatch(token):
+                    fail(f"{task.name}, line {row.line}: the token {token} is reserved")
+                if name != "train":
+                    fail(f"{task.name}, line {row.line}: no record of a training input has the token '{token}', but "
+                         f"that of a {name} input")
+                known.add(token)
+    return tuple(sorted(known))
 
 
-def describe(records, vocab, tokens, split):
-    """Prints what a file holds: records, x -> its list of Record; the others as in `vocabulary`."""
-    rows = [row for own in records.values() for row in own]
-    labels, splits = [row.strategy or "no label" for row in rows], [split(tokens(x)) for x in records]
-    lengths = [len(tokens(row.x)) + len(tokens(row.y)) + 6 for row in rows]  # <bos> <x> </x> <y> </y> <eos>
-    different = [len({row.y for row in own}) for own in records.values()]
-    print(f"{len(rows)} records of {len(records)} different x:",
+def describe(task):
+    """Prints what the file of a task holds."""
+    rows = [row for own in task.records.values() for row in own]
+    labels, splits = [row.strategy or "no label" for row in rows], [task.split(task.tokens(x)) for x in task.records]
+    lengths = [len(task.tokens(row.x)) + len(task.tokens(row.y)) + 6 for row in rows]  # <bos> <x> </x> <y> </y> <eos>
+    different = [len({row.y for row in own}) for own in task.records.values()]
+    print(f"{len(rows)} records of {len(different)} different x:",
           ", ".join(f"{splits.count(each)} for {each}" for each in ("train", "validation", "test")))
-    print(f"different y for one x: {min(different)} to {max(different)}, {sum(different) / len(records):.1f} on "
+    print(f"different y for one x: {min(different)} to {max(different)}, {sum(different) / len(different):.1f} on "
           "average")
     print(f"tokens of a record, special ones included: {min(lengths)} to {max(lengths)}, "
           f"{sum(lengths) / len(rows):.0f} on average; block_size is at least the largest")
-    print(f"{len(vocab)} different tokens:", *vocab[:60], "..." * (len(vocab) > 60))
+    print(f"{len(task.vocab)} different tokens:", *task.vocab[:60], "..." * (len(task.vocab) > 60))
     print("strategies:", ", ".join(f"{s} ({labels.count(s)})" for s in sorted(set(labels))))
     for row in rows[:3]:
         print(f"line {row.line}: x = {row.x}\n    y = {row.y}")
