@@ -21,7 +21,6 @@ import torch.nn.functional as F
 import losses
 from harness.config import fail, say
 from harness.parallel import map_chunks, seeded, sum_chunks
-from losses import token_weights
 from model import gaussian, in_chunks
 from tasks import PAD
 
@@ -60,16 +59,16 @@ class Posterior(nn.Module):
         return super().load_state_dict(state)
 
     def states(self, pairs):
-        """model.Pairs of B -> hidden states (B, T, L C), bigram ids (B, T) and the mask (B, T) of
-        <y>, y, </y>, <eos>."""
+        """model.Pairs of B -> hidden states (B, T, L C), and what `places` says."""
         h = torch.cat(self.backbone.hidden_states(pairs.ids)[1:], dim=-1)
-        t = torch.arange(pairs.ids.shape[1], device=h.device)
-        mask = (t >= pairs.starts[:, None] - 1) & (pairs.ids != PAD)
-        return h, self.bigram_ids(pairs.ids), mask.to(h.dtype)
+        return h, *self.places(pairs)
 
-    def bigram_ids(self, ids):
-        following = F.pad(ids[:, 1:], (0, 1), value=PAD)
-        return ids * self.backbone.config.vocab_size + following
+    def places(self, pairs):
+        """model.Pairs of B -> bigram ids (B, T) and the mask (B, T) of <y>, y, </y>, <eos>."""
+        following = F.pad(pairs.ids[:, 1:], (0, 1), value=PAD)
+        t = torch.arange(pairs.ids.shape[1], device=pairs.ids.device)
+        mask = (t >= pairs.starts[:, None] - 1) & (pairs.ids != PAD)
+        return pairs.ids * self.backbone.config.vocab_size + following, mask
 
     def features(self, pairs):
         """model.Pairs of B -> (B, F): both means over y of the deviations, standardised."""
@@ -79,7 +78,7 @@ class Posterior(nn.Module):
             seen = self.bigrams[place] == bigram  # a bigram that was not seen tells nothing
             deviation = (h - self.bigram_mean[place]) * seen[..., None]
             evenly = mask / mask.sum(dim=1, keepdim=True)
-            weights = torch.stack((evenly, token_weights(pairs.b)), dim=1)  # (B, 2, T)
+            weights = torch.stack((evenly, losses.token_weights(pairs.b)), dim=1)  # (B, 2, T)
             return ((weights @ deviation).flatten(1) - self.mean) / self.std
 
     def read(self, features):
@@ -100,14 +99,13 @@ class Posterior(nn.Module):
     def fit_statistics(self, pairs):
         """Sets the bigram means, then mean and std of the features, to those of N `pairs`; returns
         the features (N, F)."""
-        t = torch.arange(pairs.ids.shape[1], device=pairs.ids.device)
-        in_y = (t >= pairs.starts[:, None] - 1) & (pairs.ids != PAD)
-        self.bigrams = self.bigram_ids(pairs.ids)[in_y].unique()
+        bigram, mask = self.places(pairs)
+        self.bigrams = bigram[mask].unique()
 
         @torch.no_grad()
         def sums(rows):
             h, bigram, mask = self.states(pairs.rows(rows))
-            h, bigram = h[mask > 0], torch.searchsorted(self.bigrams, bigram[mask > 0])
+            h, bigram = h[mask], torch.searchsorted(self.bigrams, bigram[mask])
             total = torch.zeros(len(self.bigrams), h.shape[-1]).index_add_(0, bigram, h)
             return total, bigram.bincount(minlength=len(self.bigrams))
 
