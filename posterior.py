@@ -129,7 +129,6 @@ class Cells(nn.Module):
         self.register_buffer("centres", torch.zeros(K, D))
         self.register_buffer("offset", torch.zeros(K))  # in squared distance
 
-    @torch.no_grad()
     def place(self, share, std):
         """For clusters of these shares (K,), and posteriors of standard deviation `std` around
         their centres. These are the corners of a simplex around the origin of K - 1 dimensions, so
@@ -147,14 +146,14 @@ class Cells(nn.Module):
         optimizer = torch.optim.LBFGS(
             [potential], max_iter=100, tolerance_change=0, line_search_fn="strong_wolfe")
 
-        @torch.enable_grad()
         def dual():
+            optimizer.zero_grad()
             value = (scores + potential).logsumexp(dim=1).mean() - share @ potential
-            potential.grad, = torch.autograd.grad(value, potential)
+            value.backward()
             return value
 
         optimizer.step(dual)
-        self.offset.copy_(std ** 2 * potential)
+        self.offset.copy_(std ** 2 * potential.detach())
         if self(self.centres).tolist() != list(range(K)):
             fail("config key 'z_dim': clusters of such unequal shares have no cells of their own "
                  "in a continuous z; discrete latents (z_dim = 0) have")
