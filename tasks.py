@@ -146,10 +146,9 @@ class Task:
         """For every step of a canonical y, and for its answer, the equally likely ways to write it."""
         if len(self.separators) == 1 and not self.commute:
             return [[y]]
-        *steps, answer = " ".join(y).split(" ; ")
-        orders = [[step, *([other] if self.commute and (other := swapped(step)) != step else [])]
-                  for step in map(str.split, steps)]
-        return [*([[*order, end] for order in each for end in self.separators] for each in orders), [answer.split()]]
+        *steps, answer = (step.split() for step in " ".join(y).split(" ; "))
+        orders = [[step, swapped(step)] if self.commute and swapped(step) != step else [step] for step in steps]
+        return [*([[*order, end] for order in each for end in self.separators] for each in orders), [answer]]
 
     def word(self, y, rng):
         """One wording of a canonical y, each equally likely, and the log of their number."""
