@@ -200,11 +200,11 @@ class Task:
         if "ans" not in y:
             return Parsed(None, None, "no answer section")
         cut = y.index("ans")
-        body, answer = y[:cut], y[cut + 1:]
-        if body and body[-1] != ";":
+        answer = y[cut + 1:]
+        *steps, rest = (step.split() for step in " ".join(y[:cut]).split(";"))
+        if rest:
             return Parsed(None, None, "the steps do not end with ';'")
-        steps = [step.split() for step in " ".join(body[:-1]).split(" ; ")] if body else []  # nothing was to be done
-        if not all(steps) or any(";" in step for step in steps):
+        if not all(steps):
             return Parsed(None, None, "empty step")
         if not answer or any(t in (";", "ans") or t not in self.vocab for t in answer):
             return Parsed(None, None, "malformed answer")
