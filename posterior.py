@@ -280,7 +280,7 @@ def cluster_responses(features, x_index, K, seed, searches):
             r, *of_halves = best = [min(each, key=lambda one: one[0])[1] for each in found]
             same = [[agreement(one, b) > 0.98 for _, one in each] for each, b in zip(found, best)]
         different = len((x_index * k + r.argmax(dim=1)).unique())
-        collisions = (len(r) - different) / (len(r) - x_index.max().item() - 1)
+        collisions = (len(r) - different) / (len(r) - inputs)
         confirmed = min(agreement(one, r[part]) for one, part in zip(of_halves, halves[1:]))
         if not K:
             say(f"{k} clusters: {collisions:.1%} of the responses collide, halves of the inputs "
