@@ -157,8 +157,7 @@ class Task:
         return list(itertools.chain(*drawn)), math.log(math.prod(map(len, ways)))
 
     def wordings(self, y, rng, most=16):
-        """Wordings of a canonical y, each with how many it stands for: all of them, or as many as `most` that are
-        drawn."""
+        """Wordings of a canonical y, each with how many it stands for: all of them, or `most` that are drawn."""
         ways = self.ways(y)
         n = math.prod(map(len, ways))
         if n > most:
@@ -174,8 +173,7 @@ class Task:
         return " ; ".join(" ".join(min(s.split(), swapped(s.split()), key=addends)) for s in steps).split()
 
     def is_valid_input(self, x):
-        """True if no two strategies leave the same trace on x, so that attribution is never ambiguous; or if that does
-        not matter."""
+        """True if no two strategies leave the same trace on x, or if that does not matter."""
         traces = [tuple(y) for _, y in self.traces(x)] if self.distinct else []
         return len(set(traces)) == len(traces)
 
@@ -215,8 +213,7 @@ class Task:
         return self.canonical(y) in [trace for _, trace in self.traces(x)]
 
     def attribute(self, x, y):
-        """The strategy whose trace equals y in its canonical wording, token for token (the first of several), or
-        None."""
+        """The strategy whose trace equals y in its canonical wording (the first of several), or None."""
         return next(iter(self.all_strategies(x, y)), None)
 
     def all_strategies(self, x, y):
@@ -225,8 +222,7 @@ class Task:
         return [s for s, trace in self.traces(x) if s and trace == y]
 
     def nearest_strategy(self, x, y):
-        """Diagnostic: the strategy whose trace shares the longest prefix with y (the first of equals); None where no
-        trace of x has one."""
+        """Diagnostic: the strategy whose trace shares the longest prefix with y (the first of equals), or None."""
         y = self.canonical(y)
         return max(((s, trace) for s, trace in self.traces(x) if s), key=lambda each: shared(each[1], y),
                    default=(None, None))[0]
@@ -545,13 +541,13 @@ def multidigit_addition(min_digits=1, max_digits=2):
         return steps
 
     def left_to_right_partials(a, b):
-        steps, total = [], None
+        steps, total = [], 0
         for place in reversed(range(len(str(max(a, b))))):
             da, db = (n // 10 ** place % 10 * 10 ** place for n in (a, b))
             steps.append(addition(da, db))
-            if total is not None:
+            if total:
                 steps.append(addition(total, da + db))
-            total = (total or 0) + da + db
+            total += da + db
         return steps
 
     def rounding_decomposition(a, b):
