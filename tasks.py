@@ -512,7 +512,7 @@ def base_conversion(min_value=16, max_value=511):
                 steps={"repeated-division": on_numbers(repeated_division, "base"),
                        "via-binary": on_numbers(via_binary, "base"),
                        "decomposition": on_numbers(decomposition, "base")},
-                kind=lambda x: " ".join(x[x.index("base"):]).replace("1 6", "16"))
+                kind=on_numbers(lambda n, base: f"base {base}", "base"))
 
 
 def multidigit_addition(min_digits=1, max_digits=2):
