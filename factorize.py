@@ -83,6 +83,7 @@ class Config:
     adamw_lr: float = 3e-3  # peak learning rate of AdamW's parameters
     posterior_lr: float = 3e-3  # peak learning rate of the posterior, by AdamW
     weight_decay: float = 0.0  # decoupled, as in AdamW
+    dropout: between(0.0, 0.9) = 0.0  # of the generator, against learning the inputs by heart
     warmup: int = 20  # steps of linear warm-up; over all steps the rate falls linearly to 0
     # evaluation
     eval_every: Count = 100  # steps between evaluations during training
@@ -153,7 +154,7 @@ def discrete_terms(model, q, pairs, labels, stage, weights):
         z, log_weight = labels["z"], torch.zeros(len(logq), 1)
     latents = model.config.vocab_size - K + z  # token ids of <z1> ... <zK>
     # (B, n, T), (B, n, T, V), (B, V)
-    token_nll, logits, router = score_latents(model, pairs, latents)
+    token_nll, logits, router = score_latents(model, pairs, latents, labels.get("keep"))
     logp_z, w = F.log_softmax(router[:, -K:], dim=1), losses.token_weights(pairs.b)
     found = {"reconstruction": losses.reconstruction(-token_nll.sum(dim=2), log_weight),
              "token_weighted": losses.token_weighted_reconstruction(token_nll, w, log_weight),
@@ -184,7 +185,8 @@ def continuous_terms(model, q, pairs, labels, stage, weights):
     log_weight = torch.full(z.shape[:2], -math.log(n), dtype=z.dtype)  # the mean over samples
     if "cell_reconstruction" in weights:
         z = torch.cat((z, labels["z"]), dim=1)
-    token_nll, _, router = score_latents(model, pairs, z)  # (B, n, T) or (B, n + 1, T)
+    # (B, n, T) or (B, n + 1, T)
+    token_nll, _, router = score_latents(model, pairs, z, labels.get("keep"))
     router, w = gaussian(router), losses.token_weights(pairs.b)  # mean, log variance (B, D)
     kl = losses.gaussian_kl(mean, log_var, *router)
     of_q = token_nll[:, :n]
@@ -253,17 +255,22 @@ def label_pool(model, q, pool, stage, cfg, share, rng):
 @torch.no_grad()
 def take_batch(model, pool, labels, rows, stage, cfg, weights, share, rng):
     """Pairs of the pool and their labels, and among these what needs the whole batch, before it is
-    cut into chunks: draws z (B, 1) ~ r, or noise (B, n, D) of q; and, the same for all pairs, the
-    mean router log_marginal (B, K) and log_prior (B, K), or the moments m, v (B, D) of the routers,
-    which are constants in their KL (losses.router_marginal_kl, losses.router_moment_kl)."""
+    cut into chunks: draws z (B, 1) ~ r, or noise (B, n, D) of q; `keep` of train_base.dropout; and,
+    the same for all pairs, the mean router log_marginal (B, K) and log_prior (B, K), or the moments
+    m, v (B, D) of the routers, which are constants in their KL (losses.router_marginal_kl,
+    losses.router_moment_kl)."""
     batch, labels = pool.rows(rows), {name: value[rows] for name, value in labels.items()}
     B = len(batch.ids)
     if not cfg.z_dim and stage != "ELBO":
         labels["z"] = torch.multinomial(labels["log_r"].exp(), 1, generator=rng)
     if cfg.z_dim and stage == "ELBO":
         labels["noise"] = torch.randn(B, cfg.z_samples, cfg.z_dim, generator=rng)
+    if cfg.dropout:
+        T = batch.ids.shape[1] + 3  # <z> z </z> is inserted
+        labels["keep"] = train_base.dropout(model, B, T, cfg.dropout, rng)
     if {"router_marginal_kl", "router_moment_kl"} & set(weights):
-        router = in_chunks(lambda chunk: score_router(model, chunk), batch)
+        keep = [labels["keep"]] if cfg.dropout else []
+        router = in_chunks(lambda *chunk: score_router(model, *chunk), batch, *keep)
     if "router_marginal_kl" in weights:
         logp_z = F.log_softmax(router[:, -len(share):], dim=1)
         labels["log_marginal"] = (logp_z.logsumexp(dim=0) - math.log(B)).expand(B, -1)

@@ -84,7 +84,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, cos, sin, mask=None, cache=None, keep=(1, 1)):
-        """keep: (2, B, T, C) factors of what attention and MLP add, 0 or 1 / (1 - p): dropout [5]."""
+        """keep: two factors (B, T, C), of what attention and of what MLP adds, 0 or 1 / (1 - p): dropout [5]."""
         x = x + keep[0] * self.attention(norm(x), cos, sin, mask, cache)
         return x + keep[1] * self.down(F.gelu(self.up(norm(x))))
 
@@ -125,7 +125,7 @@ class GPT(nn.Module):
 
     def hidden_states(self, ids, positions=None, mask=None, caches=None, z=None, keep=None):
         """(B, T) ids -> list of L + 1 tensors (B, T, C): the embedding, to which E(z) is added at <z_empty> where z
-        (B, D) is given, and the stream after every block; keep: (L, 2, B, T, C), see Block."""
+        (B, D) is given, and the stream after every block; keep: (B, L, 2, T, C), see Block."""
         positions = self.positions(ids) if positions is None else positions
         last = int(positions.max())
         assert last < self.config.block_size, f"{last + 1} positions exceed block_size {self.config.block_size}"
@@ -135,7 +135,7 @@ class GPT(nn.Module):
             states[0] = states[0] + (ids == Z_EMPTY)[..., None] * self.embed_z(z)[:, None]
         bfloat16 = parallel.bfloat16 and not caches  # samples are of float32
         caches = caches or len(self.blocks) * [None]
-        keep = len(self.blocks) * [(1, 1)] if keep is None else keep
+        keep = len(self.blocks) * [(1, 1)] if keep is None else [of_block.unbind(1) for of_block in keep.unbind(1)]
         with torch.autocast(parallel.kind, torch.bfloat16, enabled=bfloat16):
             for block, cache, kept in zip(self.blocks, caches, keep):
                 states.append(block(states[-1], cos, sin, mask, cache, kept))
@@ -338,10 +338,11 @@ def insert_latents(ids, starts, latents):
     return out
 
 
-def score_latents(model, pairs, latents=None):
+def score_latents(model, pairs, latents=None, keep=None):
     """Scores every record under several latents in one pass: the generator and the router of the factorization.
 
-    pairs: Pairs of B; latents (B, n) token ids, by default <z1> ... <zK> for every record, or (B, n, D) vectors z.
+    pairs: Pairs of B; latents (B, n) token ids, by default <z1> ... <zK> for every record, or (B, n, D) vectors z; keep
+    (B, L, 2, T + 3 or more, C): see GPT.hidden_states, the same under every z.
     Returns token_nll (B, n, T): -log p_psi(y_t|x,z,y_<t), 0 outside y; logits (B, n, T, V) behind them; router (B, V)
     or (B, 2 D): what GPT.route says at <z>.
     """
@@ -351,7 +352,8 @@ def score_latents(model, pairs, latents=None):
     n, z = latents.shape[1], None
     if latents.is_floating_point():
         z, latents = latents.flatten(0, 1), torch.full((B, n), Z_EMPTY, device=pairs.ids.device)
-    hidden = model.hidden_states(insert_latents(pairs.ids, starts, latents).flatten(0, 1), z=z)[-1]
+    keep = None if keep is None else keep[:, :, :, :T + 3].repeat_interleave(n, dim=0)
+    hidden = model.hidden_states(insert_latents(pairs.ids, starts, latents).flatten(0, 1), z=z, keep=keep)[-1]
     # what stands at <z> is the same for every z, by causality
     router = model.route(hidden.view(B, n, T + 3, -1)[torch.arange(B, device=starts.device), 0, starts - 1])
     logits = model.logits(hidden[:, 2:-1])  # entry t now scores ids[:, t], which stands at t + 3
@@ -366,9 +368,10 @@ def log_likelihood(model, pairs, *z):
     return in_chunks(lambda chunk, *z: -score_latents(model, chunk, *z)[0].sum(dim=2), pairs, *z, size=max(1, 64 // n))
 
 
-def score_router(model, pairs):
+def score_router(model, pairs, keep=None):
     """What GPT.route says after '<bos> <x> ... </x> <z>', without the generator: (B, V) or (B, 2 D). Of Pairs of B it
-    reads the canonical prompts alone."""
+    reads the canonical prompts alone. keep: that of score_latents."""
     ids, rows = pairs.ids[:, :int(pairs.starts.max())].clone(), torch.arange(len(pairs.ids), device=pairs.ids.device)
     ids[rows, pairs.starts - 1] = Z  # in the place of <y>; what stands behind it is not seen, by causality
-    return model.route(model.hidden_states(ids)[-1][rows, pairs.starts - 1])
+    keep = None if keep is None else keep[:, :, :, :ids.shape[1]]
+    return model.route(model.hidden_states(ids, keep=keep)[-1][rows, pairs.starts - 1])

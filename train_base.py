@@ -192,10 +192,10 @@ def training_batch(task, tokenizer, cfg, step):
     return as_pairs(records, starts), weights
 
 
-def dropout(model, pairs, p, key):
-    """Factors (L, 2, B, T, C) of what the blocks add to B pairs: a function of `key` (int) alone; None where p is 0."""
-    shape = len(model.blocks), 2, *pairs.ids.shape, model.config.n_embd
-    return (torch.rand(shape, generator=seeded(key)) >= p) / (1 - p) if p else None
+def dropout(model, B, T, p, generator):
+    """Factors (B, L, 2, T, C) of what the blocks add to B records of T tokens: 0 in a part p, else 1 / (1 - p)."""
+    uniform = torch.rand(len(model.blocks), 2, B, T, model.config.n_embd, generator=generator)
+    return ((uniform >= p) / (1 - p)).movedim(2, 0)
 
 
 def gradient(model, pairs, weights, n_chunks, keep=None):
@@ -205,7 +205,7 @@ def gradient(model, pairs, weights, n_chunks, keep=None):
 
     def of_chunk(rows):
         chunk = pairs.rows(rows)
-        kept = None if keep is None else keep[:, :, rows, :chunk.ids.shape[1]]
+        kept = None if keep is None else keep[rows, :, :, :chunk.ids.shape[1]]
         nll = weights[rows] @ score_base(model, chunk, kept).sum(dim=1)
         return nll.detach(), *torch.autograd.grad(nll, parameters)
 
@@ -244,7 +244,8 @@ def train(cfg):
         for step in bar:
             set_learning_rates(optimizers, step, cfg)
             pairs, weights = training_batch(task, tokenizer, cfg, step)
-            keep = dropout(model, pairs, cfg.dropout, cfg.seed * 10**6 + step)
+            rng = seeded(cfg.seed * 10**6 + step)
+            keep = dropout(model, *pairs.ids.shape, cfg.dropout, rng) if cfg.dropout else None
             loss, gradients = gradient(model, pairs, weights, cfg.chunks, keep)
             run.check_finite(step, {"cross-entropy": loss}, gradients)
             update(optimizers, model.parameters(), gradients)

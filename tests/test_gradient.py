@@ -32,7 +32,7 @@ def discrete_reference(model, q, pairs, labels, stage, share):
     """Every term as its definition has it, a mean over the batch; r is a label that nothing flows through."""
     logq, w = q(pairs), (pairs.b / pairs.b.sum(dim=1, keepdim=True))[:, None]
     logq = logq.detach() if stage == "fixed labels" else logq
-    K, (nll, logits, router) = len(share), score_latents(model, pairs)
+    K, (nll, logits, router) = len(share), score_latents(model, pairs, keep=labels["keep"])
     logp_z = router[:, -K:].log_softmax(dim=1)
     of_z = logq.exp() if stage == "ELBO" else torch.eye(K)[labels["z"][:, 0]]  # what R is expected under
     terms = {"reconstruction": (of_z * nll.sum(dim=2)).sum(dim=1).mean(),
@@ -58,7 +58,7 @@ def continuous_reference(model, q, pairs, labels, stage, share):
     z = labels["z"]
     if stage == "ELBO":
         z = torch.cat([posterior.mean[:, None] + posterior.stddev[:, None] * labels["noise"], z], dim=1)
-    nll, _, raw = score_latents(model, pairs, z)
+    nll, _, raw = score_latents(model, pairs, z, labels["keep"])
     of_q = nll[:, :-1] if stage == "ELBO" else nll
     mean_p, log_var_p = gaussian(raw)
     router = Normal(mean_p, (0.5 * log_var_p).exp())
@@ -78,7 +78,7 @@ def continuous_reference(model, q, pairs, labels, stage, share):
 def setting(flags, more, posterior):
     """A config, a model and a posterior far from their start, and ten pairs of several lengths."""
     cfg = config.load(factorize, [*flags, *(f"--{name}_weight={value}" for name, value in more.items()),
-                                  f"--posterior={posterior}"])
+                                  f"--posterior={posterior}", "--dropout=0.3"])
     base, task, _ = train_base.load_base("out/tiny_base/ckpt.pt")
     torch.manual_seed(0)
     pairs = factorize.sample_responses(base, task, 10, 1, "gradient")
@@ -165,7 +165,7 @@ def test_a_chunk_has_about_64_records_or_one_pair(workplace, monkeypatch, flags,
     pairs, labels = factorize.take_batch(model, pairs, labels, slice(70), stage, cfg, weights, None, seeded(1))
     score, sizes = factorize.score_latents, []
 
-    def spy(model, chunk, latents):
+    def spy(model, chunk, latents, keep):
         sizes.append(latents.shape[:2].numel())
         return score(model, chunk, latents)
 

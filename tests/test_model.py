@@ -68,7 +68,7 @@ def test_the_forward_pass_is_that_of_explicit_loops(model):
     keep = torch.ones(len(model.blocks), 2, len(ids), model.config.n_embd)
     assert torch.allclose(model(torch.tensor([ids]))[0], slow_logits(model, ids, keep), atol=1e-3)
     keep = (torch.rand(keep.shape, generator=torch.Generator().manual_seed(0)) > 0.3) / 0.7  # dropout
-    logits = model(torch.tensor([ids]), keep=keep[:, :, None])[0]
+    logits = model(torch.tensor([ids]), keep=keep[None])[0]
     assert torch.allclose(logits, slow_logits(model, ids, keep), atol=1e-3)
 
 
@@ -197,20 +197,24 @@ def with_random_latents(model, **latents):
 
 def test_scoring_under_all_latents_is_scoring_one_at_a_time(model):
     """token_nll[i, k] from an explicit forward of '<bos> <x> x </x> <z> z_k </z> <y> y'; router logits from the prompt
-    alone, which ends in <z>; a choice of latents gives the matching columns; logits are those behind the nll."""
+    alone, which ends in <z>; a choice of latents gives the matching columns; logits are those behind the nll. Dropout is
+    that of the record under every z, and of the router alone."""
     model, (pairs, rows) = with_random_latents(model, n_latents=3), records(5)
-    nll, logits, router = score_latents(model, pairs)
+    keep = (torch.rand(5, len(model.blocks), 2, pairs.ids.shape[1] + 3, 16) > 0.3) / 0.7
+    nll, logits, router = score_latents(model, pairs, keep=keep)
+    assert torch.allclose(router, score_router(model, pairs, keep), atol=1e-4)
     for i, (record, start) in enumerate(zip(rows, pairs.starts.tolist())):
-        assert torch.allclose(model(torch.tensor([record[:start - 1] + [Z]]))[0, -1], router[i], atol=1e-4)
+        prompt = torch.tensor([record[:start - 1] + [Z]])
+        assert torch.allclose(model(prompt, keep=keep[[i], :, :, :start])[0, -1], router[i], atol=1e-4)
         for k in range(3):
             row = record[:start - 1] + [Z, VOCAB + k, Z_END] + record[start - 1:]
-            explicit = model(torch.tensor([row]))[0]
+            explicit = model(torch.tensor([row]), keep=keep[[i], :, :, :len(row)])[0]
             slow = [-explicit[t + 2].log_softmax(dim=0)[record[t]].item() for t in range(start, len(record))]
             assert nll[i, k, start:len(record)].tolist() == pytest.approx(slow, abs=1e-3)
             assert torch.allclose(logits[i, k, start:len(record)], explicit[start + 2:-1], atol=1e-4)
             assert nll[i, k, :start].abs().sum() == nll[i, k, len(record):].abs().sum() == 0
     z = torch.tensor([[2], [0], [1], [2], [0]])
-    chosen = score_latents(model, pairs, VOCAB + z)[0][:, 0]
+    chosen = score_latents(model, pairs, VOCAB + z, keep)[0][:, 0]
     assert torch.allclose(chosen, nll[torch.arange(5), z[:, 0]], atol=1e-5)
 
 

@@ -180,14 +180,25 @@ def test_dropout_leaves_out_its_part_anew_in_every_step_and_the_mean_as_it_is(wo
     base, task, _ = get_base(SHORT)
     cfg = config.load(train_base, ["configs/tiny_base.py"])
     pairs = train_base.training_batch(task, Tokenizer(task.vocab), cfg, 0)[0]
-    one, again, other = (train_base.dropout(base, pairs, 0.3, key) for key in (1, 1, 2))
+    one, again, other = (train_base.dropout(base, *pairs.ids.shape, 0.3, seeded(key)) for key in (1, 1, 2))
     assert torch.equal(one, again)
     assert ((one == 0) != (other == 0)).float().mean().item() == pytest.approx(0.42, abs=0.01)  # 2 p (1 - p)
     assert (one == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
     assert one[one > 0].unique().tolist() == pytest.approx([1 / 0.7])
     for dims in itertools.combinations(range(5), 4):  # each layer, branch, pair, place and channel has its own
-        assert one.expand(2, 2, *pairs.ids.shape, 64).mean(dim=dims).std() < 0.1
-    assert train_base.dropout(base, pairs, 0.0, 1) is None
+        assert one.expand(len(pairs.ids), 2, 2, pairs.ids.shape[1], 64).mean(dim=dims).std() < 0.1
+
+
+@pytest.mark.parametrize("short", [SHORT, SHORT_CONTINUOUS])
+def test_dropout_of_the_generator_is_drawn_anew_in_every_step(workplace, monkeypatch, short):
+    kept = []
+    spy(monkeypatch, factorize, "gradient", lambda *args: kept.append(args[3].get("keep")))
+    run("kept", "--overwrite=True", short=short)
+    assert kept and not any(keep is not None for keep in kept)
+    kept.clear()
+    run("kept", "--overwrite=True", "--dropout=0.3", short=short)
+    assert kept and all((keep == 0).float().mean().item() == pytest.approx(0.3, abs=0.01) for keep in kept)
+    assert not any(torch.equal(a[..., :9, :], b[..., :9, :]) for a, b in itertools.pairwise(kept))
 
 
 def test_a_mixture_weighs_the_records_of_every_input(workplace):
@@ -1366,7 +1377,7 @@ def test_a_factorization_that_is_interrupted_and_resumed_is_the_same_one(workpla
                                                                          before, after):
     """To the last bit. The interruption comes after the third step of five, within a pool of four batches: its pairs
     and labels are part of the state."""
-    stages = ["--pool_size=128", "--steps=5", *stages]
+    stages = ["--pool_size=128", "--steps=5", "--dropout=0.2", *stages]
     log, weights = run("whole", *stages, short=short)
     assert [entry["stage"] for entry in log[2:4]] == [before, after]
     cfg = config.load(factorize, [*short, "--name=parts", *stages])
