@@ -386,7 +386,7 @@ def test_probes_are_scored_on_other_inputs_and_centroids_compared(monkeypatch):
 
 def test_of_a_file_only_solutions_that_it_labels_are_counted(factorization, monkeypatch):
     """A task knows all of its traces, and a y that follows none is wrong; a file may lack a y or its label, and what
-    the strategy of that is nobody knows. A posterior that is right wherever there is a label, and a probe of such a z."""
+    the strategy of that is nobody knows. A posterior that is right where there is a label, and a probe of such a z."""
     file = dataclasses.replace(GRID, records={})
     z, labels = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)), torch.arange(400) % 2
     z[labels == 1] += 8

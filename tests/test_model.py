@@ -197,8 +197,8 @@ def with_random_latents(model, **latents):
 
 def test_scoring_under_all_latents_is_scoring_one_at_a_time(model):
     """token_nll[i, k] from an explicit forward of '<bos> <x> x </x> <z> z_k </z> <y> y'; router logits from the prompt
-    alone, which ends in <z>; a choice of latents gives the matching columns; logits are those behind the nll. Dropout is
-    that of the record under every z, and of the router alone."""
+    alone, which ends in <z>; a choice of latents gives the matching columns; logits are those behind the nll. Dropout
+    is that of the record under every z, and of the router alone."""
     model, (pairs, rows) = with_random_latents(model, n_latents=3), records(5)
     keep = (torch.rand(5, len(model.blocks), 2, pairs.ids.shape[1] + 3, 16) > 0.3) / 0.7
     nll, logits, router = score_latents(model, pairs, keep=keep)
